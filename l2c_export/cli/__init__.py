@@ -1,0 +1,71 @@
+"""The command line: one file a command, each a doorway to one library function."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+
+import click
+
+from l2c_export import __version__
+from l2c_export.errors import L2CError
+
+COMMANDS = {
+    "plan": "l2c_export.cli.plan",
+    "build": "l2c_export.cli.build",
+    "run": "l2c_export.cli.run",
+    "verify": "l2c_export.cli.verify",
+    "bench": "l2c_export.cli.bench",
+    "inspect": "l2c_export.cli.inspect",
+    "train-router": "l2c_export.cli.train_router",
+    "demo": "l2c_export.cli.demo",
+}
+"""Command name to the module that defines it as ``command``; imported when it is used."""
+
+
+class _Commands(click.Group):
+    """Loads a command when it is asked for, and turns errors into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name]).command
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except L2CError as error:
+            shown = click.ClickException(str(error))
+            shown.exit_code = error.exit_code
+            raise shown from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="l2c-export")
+@click.option("-v", "--verbose", count=True, help="Say more; twice for everything.")
+def cli(verbose: int) -> None:
+    """Compile a learned caching schedule of a diffusion transformer into deployable graphs."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C exits with 130."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,1 @@
+"""Data and arithmetic: models' geometry, schedules, plans, samplers, bundles (stdlib and numpy)."""

@@ -1,0 +1,1 @@
+"""Evidence: verification, benchmarks, tables and pictures."""

@@ -1,0 +1,1 @@
+"""The runtime: numpy and one backend; never torch, never onnx."""

@@ -1,0 +1,1 @@
+"""Training of routers, and of the demo model (torch)."""
