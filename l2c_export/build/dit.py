@@ -52,7 +52,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed timesteps in 0 … 999."""
-        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t))
 
 
 class LabelEmbedder(nn.Module):

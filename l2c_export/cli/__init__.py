@@ -25,6 +25,14 @@ COMMANDS = {
 """Command name to the module that defines it as ``command``; imported when it is used."""
 
 
+class _Shown(click.ClickException):
+    """An error of ours as click shows it, with its own exit code."""
+
+    def __init__(self, error: L2CError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+
 class _Commands(click.Group):
     """Loads a command when it is asked for, and turns errors into one line and an exit code."""
 
@@ -41,9 +49,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except L2CError as error:
-            shown = click.ClickException(str(error))
-            shown.exit_code = error.exit_code
-            raise shown from error
+            raise _Shown(error) from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

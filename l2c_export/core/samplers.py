@@ -31,7 +31,8 @@ class Call:
 
 def linear_alphas_cumprod(train_steps: int = 1000) -> NDArray[np.float64]:
     """(train_steps,) product of 1 - beta, beta linear from 1e-4 to 0.02 (Ho et al. 2020)."""
-    return np.cumprod(1.0 - np.linspace(1e-4, 0.02, train_steps))
+    betas = np.linspace(1e-4, 0.02, train_steps, dtype=np.float64)
+    return np.cumprod(1.0 - betas, dtype=np.float64)
 
 
 def spaced_timesteps(calls: int, train_steps: int = 1000) -> NDArray[np.int64]:
