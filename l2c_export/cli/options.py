@@ -1,0 +1,104 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from l2c_export.core.models import PRESETS
+from l2c_export.core.samplers import SAMPLERS
+from l2c_export.evidence.request import ScheduleOptions
+
+FILE = click.Path(path_type=Path)
+"""A path; whether the file is there and readable is said by whoever reads it."""
+
+_LARGEST_BATCH = 4096
+
+
+def parse_batch(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+    """``4`` is a fixed batch, ``1-8`` a range; return (smallest, largest)."""
+    match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", value)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= low <= high <= _LARGEST_BATCH:
+        raise click.BadParameter(f"{value!r} is not N or LO-HI with 1 <= LO <= HI <= {_LARGEST_BATCH}")
+    return low, high
+
+
+def parse_labels(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Class labels with commas or spaces between them: ``207,360``."""
+    if value is None:
+        return None
+    words = re.split(r"[,\s]+", value.strip())
+    if not all(re.fullmatch(r"\d{1,9}", word) for word in words):
+        raise click.BadParameter(f"{value!r} is not a list of class labels such as 207,360")
+    return tuple(map(int, words))
+
+
+_SCHEDULE_OPTIONS = (
+    click.option("--model", metavar="NAME", help="A known model: dit-xl-2, dit-b-4-512 …"),
+    click.option("--model-config", type=FILE, help="A JSON file with a model's configuration."),
+    click.option("--router", type=FILE, help="Router file; without it, the model's released one."),
+    click.option(
+        "--threshold",
+        type=float,
+        default=0.1,
+        show_default=True,
+        help="Compute a sub-layer where the router's score is above it.",
+    ),
+    click.option("--uncached", is_flag=True, help="Compute everything; needs no router."),
+    click.option(
+        "--sampler", default="ddim", show_default=True, help=f"One of: {', '.join(SAMPLERS)}."
+    ),
+    click.option(
+        "--steps", type=click.IntRange(1), help="Calls of a trajectory; the router's own, or 20."
+    ),
+    click.option(
+        "--batch",
+        metavar="N|LO-HI",
+        callback=parse_batch,
+        default="1",
+        show_default=True,
+        help="Latents in one call.",
+    ),
+    click.option(
+        "--guidance/--no-guidance", default=True, help="Classifier-free guidance. Default: on."
+    ),
+    click.option(
+        "--max-graphs",
+        type=click.IntRange(1),
+        help="Merge down to at most so many step graphs, by computing more.",
+    ),
+)
+
+
+def schedule_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of ``plan`` and ``build``; the command gets them as ``options``."""
+
+    @functools.wraps(command)
+    def packed(**values: Any) -> Any:
+        given = {field.name: values.pop(field.name) for field in fields(ScheduleOptions)}
+        options = ScheduleOptions(**given)
+        _check_usage(options)
+        return command(options=options, **values)
+
+    for option in reversed(_SCHEDULE_OPTIONS):
+        packed = option(packed)
+    return packed
+
+
+def _check_usage(options: ScheduleOptions) -> None:
+    if (options.model is None) == (options.model_config is None):
+        raise click.UsageError("give one of --model NAME and --model-config FILE")
+    if options.uncached and options.router is not None:
+        raise click.UsageError("--uncached computes everything: it takes no --router")
+    if options.model is not None and options.model not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise click.BadParameter(f"{options.model!r} is not one of: {known}", param_hint="--model")

@@ -1,0 +1,30 @@
+"""``l2c-export plan``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from l2c_export.cli.options import FILE, schedule_options
+from l2c_export.evidence.plan_picture import draw_plan
+from l2c_export.evidence.plan_report import plan_json, plan_table
+from l2c_export.evidence.request import ScheduleOptions, plan_from_options
+
+
+@click.command()
+@schedule_options
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("--picture", type=FILE, help="Also draw calls x sub-layers into a PNG file.")
+def command(options: ScheduleOptions, as_json: bool, picture: Path | None) -> None:
+    """Show what a schedule computes, shares and costs, before anything is built."""
+    plan = plan_from_options(options)
+    batch = options.batch[0]
+    if as_json:
+        click.echo(json.dumps(plan_json(plan, batch), indent=1, ensure_ascii=False))
+    else:
+        click.echo(plan_table(plan, batch))
+    if picture is not None:
+        draw_plan(plan, picture)
+        click.echo(f"\npicture: {picture}", err=True)

@@ -1,0 +1,94 @@
+"""From what a user asks for to a plan: the model, the router or none, the sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from l2c_export.core.models import DiTConfig, preset, read_model_config
+from l2c_export.core.plan import Plan, make_plan
+from l2c_export.core.samplers import sampler_table
+from l2c_export.core.schedule import Router, Schedule, threshold_router, uncached
+from l2c_export.errors import L2CError
+
+_DEFAULT_CALLS = 20
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """The options that ``plan`` and ``build`` share.
+
+    Attributes:
+        model: Name of a preset; None with ``model_config``.
+        model_config: JSON file with a model's configuration.
+        router: Router file; None takes the released one of the preset.
+        threshold: A sub-layer is computed where the router's score is above it.
+        uncached: Compute everything, without a router.
+        sampler: Name of the sampler.
+        steps: Calls of a trajectory; None takes the router's own number, or 20.
+        batch: Smallest and largest number of latents in one call.
+        guidance: Whether a call evaluates a conditional and an unconditional row for each latent.
+        max_graphs: At most so many step graphs.
+    """
+
+    model: str | None = None
+    model_config: Path | None = None
+    router: Path | None = None
+    threshold: float = 0.1
+    uncached: bool = False
+    sampler: str = "ddim"
+    steps: int | None = None
+    batch: tuple[int, int] = (1, 1)
+    guidance: bool = True
+    max_graphs: int | None = None
+
+    @property
+    def config(self) -> DiTConfig:
+        """The model's configuration."""
+        if self.model_config is not None:
+            return read_model_config(self.model_config)
+        if self.model is None:
+            raise L2CError("name a model with --model NAME or --model-config FILE")
+        return preset(self.model)
+
+
+def plan_from_options(options: ScheduleOptions) -> Plan:
+    """Plan what the options ask for; reads the router, and no weights.
+
+    Raises:
+        L2CError: The parts do not fit each other, or a file is missing or broken.
+    """
+    config = options.config
+    if options.uncached:
+        calls = options.steps or _DEFAULT_CALLS
+        schedule = uncached(config.slots, calls)
+    else:
+        schedule = _routed(options, config)
+    return make_plan(
+        config,
+        schedule,
+        sampler_table(options.sampler, schedule.calls),
+        guidance=options.guidance,
+        max_graphs=options.max_graphs,
+    )
+
+
+def _routed(options: ScheduleOptions, config: DiTConfig) -> Schedule:
+    router = _router(options, config)
+    calls = options.steps or router.calls
+    return threshold_router(router, config.slots, options.sampler, calls, options.threshold)
+
+
+def _router(options: ScheduleOptions, config: DiTConfig) -> Router:
+    from l2c_export.build.router_file import read_router
+
+    path = options.router
+    if path is None:
+        if options.model is None:
+            raise L2CError(
+                "there is no released router for this model; use --router FILE or --uncached"
+            )
+        from l2c_export.build.download import find_router
+
+        path = find_router(options.model, options.sampler, options.steps or _DEFAULT_CALLS)
+    return read_router(path, config.family)
