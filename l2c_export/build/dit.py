@@ -80,8 +80,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend over the N tokens."""
         r, n, d = x.shape
-        qkv = self.qkv(x).reshape(r, n, 3, self.heads, d // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (R, H, N, D/H)
+        q, k, v = (
+            part.reshape(r, n, self.heads, d // self.heads).transpose(1, 2)  # (R, H, N, D/H)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(1, 2).reshape(r, n, d))
 
@@ -212,7 +214,8 @@ def guide(prediction: Tensor, scale: Tensor | float, config: DiTConfig) -> Tenso
     Returns:
         (B, C, S, S) guided noise prediction.
     """
-    cond, uncond = prediction[:, : config.in_channels].chunk(2)
+    pair = prediction[:, : config.in_channels].reshape(2, -1, *config.latent_shape)
+    cond, uncond = pair.unbind(0)
     g = config.guidance_channels
     guided = uncond[:, :g] + scale * (cond[:, :g] - uncond[:, :g])
     return torch.cat([guided, cond[:, g:]], dim=1) if g < config.in_channels else guided

@@ -107,6 +107,7 @@ class Manifest:
 
     Attributes:
         generator: Name and version of the program that wrote it.
+        preset: The model's name, if it has one.
         model: The model's configuration.
         weights: Where the weights came from.
         schedule: How the schedule was made, and what it removes.
@@ -125,6 +126,7 @@ class Manifest:
     """
 
     generator: str
+    preset: str | None
     model: dict[str, Any]
     weights: dict[str, Any]
     schedule: dict[str, Any]

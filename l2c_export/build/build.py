@@ -1,0 +1,291 @@
+"""From a plan and a checkpoint to a bundle, in steps that a kill cannot spoil.
+
+Every file is keyed by the content of what it is made from. While a bundle is being built a journal
+stands in place of the manifest; a build that finds one keeps the files whose key and digest still
+hold and makes the others. The manifest comes last, so a folder with a manifest is a whole bundle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import filelock
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from l2c_export import __version__
+from l2c_export.build.export import OPSET, export_full
+from l2c_export.build.graphs import Split, cut, interface, split
+from l2c_export.build.weights import WeightsLayout, write_weights
+from l2c_export.core.bundle import (
+    CONDITIONING,
+    MANIFEST,
+    WEIGHTS,
+    Bundle,
+    File,
+    Graph,
+    Guidance,
+    Manifest,
+    ProgramCall,
+    Slots,
+    read_bundle,
+    write_manifest,
+)
+from l2c_export.core.files import key_of, remove_partial, replacing, sha256, write_json
+from l2c_export.core.plan import Plan, StepGraph
+from l2c_export.errors import L2CError
+from l2c_export.evidence.plan_report import plan_json
+
+JOURNAL = ".l2c-journal.json"
+_LOCK = ".l2c-lock"
+_UNCACHED = StepGraph((), ())
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being made, how much of it is done and how much there is."""
+
+
+class WeightSource(Protocol):
+    """Where weights come from: a checkpoint on disk, or a random one."""
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What it is, for the manifest; with the digests that key the weights file."""
+
+    def iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and contiguous float32 tensor, in the order of the configuration's parameters."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build.
+
+    Attributes:
+        plan: The compiled schedule.
+        weights: Where the weights come from.
+        sampler: Name of the sampler, for the manifest.
+        batch: Smallest and largest number of latents in a call; equal ones fix the shapes.
+        guidance_scale: The bundle's default scale.
+        preset: Name of the model, if it has one.
+    """
+
+    plan: Plan
+    weights: WeightSource
+    sampler: str = "ddim"
+    batch: tuple[int, int] = (1, 1)
+    guidance_scale: float = 4.0
+    preset: str | None = None
+
+
+def build_bundle(output: Path, request: Request, progress: Progress = lambda *_: None) -> Bundle:
+    """Build a bundle, or bring the one in ``output`` up to date.
+
+    Args:
+        output: The bundle's folder: new, empty, a bundle, or what a killed build left.
+        request: What to build.
+        progress: Told what is being made.
+
+    Raises:
+        L2CError: The folder holds something else, or another build is at work in it.
+    """
+    smallest, largest = request.batch
+    if not 1 <= smallest <= largest <= 4096:
+        raise L2CError(f"batch {smallest}-{largest}: give 1 <= smallest <= largest <= 4096")
+    with _own(output):
+        return _Build(output, request, progress).run()
+
+
+@contextlib.contextmanager
+def _own(output: Path) -> Iterator[None]:
+    """Hold the folder against other builds, after a look at whether it is ours to write to."""
+    if output.exists() and not output.is_dir():
+        raise L2CError(f"output {output} is a file; give a folder")
+    if output.is_dir():
+        present = {path.name for path in output.iterdir()}
+        theirs = {name for name in present if not name.startswith(".l2c-")}
+        if theirs and not present & {MANIFEST, JOURNAL}:
+            raise L2CError(f"output {output} is not empty and is not a bundle; give another folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(output / _LOCK, timeout=0)
+        with lock:
+            yield
+            (output / _LOCK).unlink(missing_ok=True)
+    except filelock.Timeout:
+        raise L2CError(f"another build is at work in {output}; wait for it") from None
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        raise L2CError(f"cannot write to {output}: {error.strerror or error}") from None
+
+
+class _Build:
+    """One build in one folder: makes files, keeps the journal, and ends with the manifest."""
+
+    def __init__(self, output: Path, request: Request, progress: Progress) -> None:
+        self.output = output
+        self.request = request
+        self.plan = request.plan
+        self.progress = progress
+        self.layout = WeightsLayout(self.plan.config)
+        self.files: dict[str, File] = {}
+        self.kept: dict[str, File] = {}
+
+    def run(self) -> Bundle:
+        """Make what is missing or stale, then the manifest, then remove what it does not name."""
+        self.kept = self._found()
+        if not self._up_to_date():
+            self._journal()
+            (self.output / MANIFEST).unlink(missing_ok=True)
+        self._make(WEIGHTS, self._weights_key, self._write_weights)
+        self._make("full.onnx", self._full_key, lambda path: self._save(self._full, path))
+        graphs = {"full": self._interface("full.onnx")}
+        wanted = {CONDITIONING: None, **{g.name: g for g in (*self.plan.graphs, _UNCACHED)}}
+        for i, (name, step) in enumerate(wanted.items()):
+            self.progress("graphs", i, len(wanted))
+            self._make(f"{name}.onnx", key_of(self._full_key, name), self._cutter(step))
+            graphs[name] = self._interface(f"{name}.onnx")
+        self.progress("graphs", len(wanted), len(wanted))
+        report = plan_json(self.plan)
+        self._make("reports/plan.json", key_of(report), lambda path: write_json(path, report))
+        self._make("reports/schedule.png", key_of(report, "picture"), self._draw)
+        manifest = self._manifest(graphs)
+        if not self._is(manifest):
+            write_manifest(self.output, manifest)
+        self._sweep()
+        return read_bundle(self.output)
+
+    # -- what is made ---------------------------------------------------------------------------
+
+    @cached_property
+    def _weights_key(self) -> str:
+        return key_of("weights", self.plan.config.to_json(), self.request.weights.source)
+
+    @cached_property
+    def _full_key(self) -> str:
+        versions = (__version__, torch.__version__, onnx.__version__, OPSET)
+        request = (self.plan.config.to_json(), self.plan.guidance, self.request.batch)
+        return key_of("full", versions, request)
+
+    @cached_property
+    def _full(self) -> ir.Model:
+        self.progress("export", 0, 1)
+        model = export_full(
+            self.plan.config, self.layout, guidance=self.plan.guidance, batch=self.request.batch
+        )
+        self.progress("export", 1, 1)
+        return model
+
+    @cached_property
+    def _split(self) -> Split:
+        return split(ir.load(self.output / "full.onnx"))
+
+    def _write_weights(self, path: Path) -> None:
+        def report(done: int, total: int) -> None:
+            self.progress("weights", done, total)
+
+        write_weights(path, self.layout, self.request.weights.iter_tensors(), report)
+
+    def _cutter(self, step: StepGraph | None) -> Callable[[Path], None]:
+        def make(path: Path) -> None:
+            self._save(cut(self._split.step, step) if step else self._split.conditioning, path)
+
+        return make
+
+    def _save(self, model: ir.Model, path: Path) -> None:
+        with replacing(path) as temporary:
+            ir.save(model, temporary)
+            onnx.checker.check_model(str(temporary))
+
+    def _draw(self, path: Path) -> None:
+        from l2c_export.evidence.plan_picture import draw_plan
+
+        draw_plan(self.plan, path)
+
+    def _interface(self, file: str) -> Graph:
+        return interface(file, ir.load(self.output / file))
+
+    # -- keys, journal, manifest ----------------------------------------------------------------
+
+    def _found(self) -> dict[str, File]:
+        """What an earlier build recorded here, finished or not."""
+        remove_partial(self.output)
+        found: dict[str, File] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            entries = json.loads((self.output / JOURNAL).read_text(encoding="utf-8"))
+            found |= {name: File(**entry) for name, entry in entries.items()}
+        with contextlib.suppress(L2CError):
+            found |= read_bundle(self.output).manifest.files
+        return found
+
+    def _up_to_date(self) -> bool:
+        """Whether the manifest here may stay while files are checked: no weight or graph changes."""
+        return self._holds(WEIGHTS, self._weights_key) and self._holds("full.onnx", self._full_key)
+
+    def _holds(self, name: str, key: str) -> bool:
+        entry, path = self.kept.get(name), self.output / name
+        if entry is None or entry.key != key or not path.is_file():
+            return False
+        return path.stat().st_size == entry.bytes and sha256(path) == entry.sha256
+
+    def _make(self, name: str, key: str, make: Callable[[Path], None]) -> None:
+        path = self.output / name
+        if self._holds(name, key):
+            self.files[name] = self.kept[name]
+            return
+        if (self.output / MANIFEST).exists():
+            self._journal()
+            (self.output / MANIFEST).unlink()
+        make(path)
+        self.files[name] = File(path.stat().st_size, sha256(path), key)
+        self._journal()
+
+    def _journal(self) -> None:
+        entries = {name: asdict(entry) for name, entry in (self.kept | self.files).items()}
+        write_json(self.output / JOURNAL, entries)
+
+    def _is(self, manifest: Manifest) -> bool:
+        try:
+            return read_bundle(self.output).manifest == manifest
+        except L2CError:
+            return False
+
+    def _sweep(self) -> None:
+        """Remove the journal and what earlier builds made that this bundle does not have."""
+        for name in set(self.kept) - set(self.files):
+            (self.output / name).unlink(missing_ok=True)
+        (self.output / JOURNAL).unlink(missing_ok=True)
+
+    def _manifest(self, graphs: dict[str, Graph]) -> Manifest:
+        plan, config = self.plan, self.plan.config
+        guidance = Guidance(self.request.guidance_scale, config.guidance_channels, config.null_label)
+        return Manifest(
+            generator=f"l2c-export {__version__}",
+            preset=self.request.preset,
+            model=config.to_json(),
+            weights=self.request.weights.source,
+            schedule=plan.asked.source
+            | {"removed": plan.schedule.removed, "asked": plan.asked.removed},
+            sampler=self.request.sampler,
+            latent=config.latent_shape,
+            classes=config.num_classes,
+            batch=self.request.batch,
+            guidance=guidance if plan.guidance else None,
+            slots=Slots(config.slots, config.slot_shape, "float32"),
+            buffers=plan.buffers,
+            full="full",
+            uncached=_UNCACHED.name,
+            graphs=graphs,
+            calls=tuple(
+                ProgramCall(c.graph.name, c.call.timestep, c.call.update, c.reads, c.writes)
+                for c in plan.calls
+            ),
+            files=self.files,
+        )
