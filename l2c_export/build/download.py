@@ -34,14 +34,14 @@ class RemoteFile:
     Attributes:
         name: Its file name, here and in the cache.
         url: Where it is published.
-        bytes: (least, most) size; more is never written.
+        size: (least, most) bytes; more is never written.
         sha256: Its digest, or None where none is known; then the size is all that is checked.
         option: The command-line option that gives this file by hand.
     """
 
     name: str
     url: str
-    bytes: tuple[int, int]
+    size: tuple[int, int]
     sha256: str | None
     option: str
 
@@ -51,7 +51,7 @@ CHECKPOINTS = {
     preset: RemoteFile(
         name=name,
         url=f"https://dl.fbaipublicfiles.com/DiT/models/{name}",
-        bytes=(2_650_000_000, 2_800_000_000),
+        size=(2_650_000_000, 2_800_000_000),
         sha256=None,
         option="--checkpoint",
     )
@@ -69,7 +69,7 @@ ROUTERS = {
     ("dit-xl-2", "ddim", steps): RemoteFile(
         name=f"DDIM{steps}_router.pt",
         url=f"{_ROUTERS_URL}/DDIM{steps}_router.pt",
-        bytes=(1, 1 << 20),
+        size=(1, 1 << 20),
         sha256=sha256,
         option="--router",
     )
@@ -172,7 +172,7 @@ def fetch(file: RemoteFile, opener: Opener | None = None) -> Path:
 def _checked(path: Path, file: RemoteFile) -> Path:
     """A cached file; small ones, whose digest is known, are read again every time."""
     size = path.stat().st_size
-    if not file.bytes[0] <= size <= file.bytes[1]:
+    if not file.size[0] <= size <= file.size[1]:
         raise L2CError(f"{path} has {size} bytes, which {file.name} never has; delete it and run again")
     if file.sha256 and (found := file_digest(path)) != file.sha256:
         raise L2CError(
@@ -252,7 +252,7 @@ def _download(file: RemoteFile, path: Path, opener: Opener) -> None:
 def _receive(file: RemoteFile, path: Path, part: Path, response: Response) -> str:
     """Write a response to ``part``, never more than allowed; its SHA-256."""
     _check_https(response.geturl())
-    least, most = file.bytes
+    least, most = file.size
     announced = response.headers.get("Content-Length")
     total = int(announced) if announced and announced.isdecimal() else None
     if total is not None and not least <= total <= most:
