@@ -1,0 +1,170 @@
+"""The runner: a loaded bundle. Numpy in, numpy out.
+
+::
+
+    from l2c_export.runtime import Runner
+
+    runner = Runner.load("bundle")
+    latents = runner.sample([207, 360], seed=0)  # (2, C, H, W) float32
+
+Labels and noise may also be lists or anything with ``__dlpack__`` in CPU memory, such as a tensor of
+another framework; results have ``__dlpack__`` as every numpy array has.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2c_export.core.bundle import CONDITIONING, Bundle, read_bundle
+from l2c_export.runtime.backends import Backend, LoadedGraph, load_backend
+from l2c_export.runtime.inputs import batches, check_labels, check_noise
+from l2c_export.runtime.session import Floats, Session
+
+Callback = Callable[[int, float, Floats], None]
+"""Takes a call's index, its timestep and the (B, C, H, W) latent after it; a view."""
+
+_IDLE_SESSIONS = 4  # that keep their buffers for the next sample()
+
+
+class Runner:
+    """A loaded bundle: one set of weights for any number of sessions and threads.
+
+    Attributes:
+        bundle: The bundle.
+        manifest: Its program.
+        backend: What runs the graphs.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.backend = backend
+        self._graphs: dict[str, LoadedGraph] = {}
+        self._loading = threading.Lock()
+        self._idle: list[Session] = []
+        self._lending = threading.Lock()
+
+    @classmethod
+    def load(cls, path: str | Path, backend: str = "ort", threads: int | None = None) -> Runner:
+        """Load the graphs of a bundle's program, and check every file of it meanwhile.
+
+        Args:
+            path: The bundle's folder.
+            backend: A name from :data:`l2c_export.runtime.backends.BACKENDS`.
+            threads: For each call; None is the backend's choice.
+
+        Raises:
+            L2CError: There is no bundle, a file is not what was built, or the backend is not
+                installed or cannot load a graph.
+        """
+        bundle = read_bundle(Path(path))
+        with ThreadPoolExecutor(1) as pool:
+            checked = pool.submit(bundle.check_files)
+            try:
+                runner = cls(bundle, load_backend(backend, bundle, threads))
+                for name in (CONDITIONING, *bundle.manifest.step_graphs()):
+                    runner.graph(name)
+            finally:
+                checked.result()  # names the damaged file instead of what a backend makes of it
+        return runner
+
+    def graph(self, name: str) -> LoadedGraph:
+        """A graph of the manifest, loaded when it is first asked for."""
+        with self._loading:
+            if name not in self._graphs:
+                self._graphs[name] = self.backend.load(name)
+            return self._graphs[name]
+
+    def session(self, batch: int) -> Session:
+        """Make the buffers for trajectories of ``batch`` latents.
+
+        Raises:
+            L2CError: The bundle was not built for this batch.
+        """
+        return Session(self, batch)
+
+    def sample(
+        self,
+        labels: Any,
+        *,
+        noise: Any = None,
+        seed: int | None = None,
+        guidance_scale: float | None = None,
+        cached: bool = True,
+        callback: Callback | None = None,
+    ) -> Floats:
+        """Run one trajectory. Several threads may do so at once.
+
+        Args:
+            labels: (B,) integer classes.
+            noise: (B, C, H, W) float32 to start from, instead of ``seed``.
+            seed: Start from ``numpy.random.default_rng(seed).standard_normal`` of (B, C, H, W) in
+                float32. Without seed and noise, every run is another.
+            guidance_scale: Of classifier-free guidance; None is the bundle's own.
+            cached: False computes everything in every call.
+            callback: Called after each call; may raise to stop.
+
+        Returns:
+            (B, C, H, W) latents: a new array.
+
+        Raises:
+            L2CError: An argument does not fit this bundle.
+        """
+        labels = check_labels(self.manifest, labels)
+        with self._lent(len(labels)) as session:
+            session.start(labels, noise, guidance_scale, cached, seed=seed)
+            for call in session:
+                if callback is not None:
+                    callback(call.index, call.timestep, call.x)
+            return session.x.copy()
+
+    def sample_all(
+        self,
+        labels: Any,
+        *,
+        noise: Any = None,
+        seed: int | None = None,
+        guidance_scale: float | None = None,
+        cached: bool = True,
+        callback: Callback | None = None,
+    ) -> Floats:
+        """Run as many trajectories, one after another, as this many labels need.
+
+        Arguments and result are those of :meth:`sample`, except that B may be any number; noise from
+        a seed is made for all labels at once, so it does not depend on how they are batched.
+        """
+        labels = check_labels(self.manifest, labels)
+        noise = check_noise(self.manifest, len(labels), noise, seed)
+        done = [
+            self.sample(
+                labels[part],
+                noise=noise[part],
+                guidance_scale=guidance_scale,
+                cached=cached,
+                callback=callback,
+            )[:fresh]
+            for part, fresh in batches(len(labels), self.manifest.batch)
+        ]
+        return np.concatenate(done)
+
+    @contextmanager
+    def _lent(self, batch: int) -> Iterator[Session]:
+        """A session that is nobody else's meanwhile."""
+        with self._lending:
+            session = next((s for s in reversed(self._idle) if s.batch == batch), None)
+            if session is not None:
+                self._idle.remove(session)
+        session = session or self.session(batch)
+        try:
+            yield session
+        finally:
+            with self._lending:
+                self._idle.append(session)
+                del self._idle[:-_IDLE_SESSIONS]
