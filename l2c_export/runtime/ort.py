@@ -1,10 +1,9 @@
-"""ONNX Runtime on the CPU: all graphs share one copy of the weights, one arena and one thread pool."""
+"""ONNX Runtime on the CPU: sessions that share one copy of the weights and one arena."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections.abc import Callable, Mapping
 
 import onnxruntime as ort  # type: ignore[import-untyped]
@@ -23,7 +22,7 @@ class OrtGraph:
         self._session = session
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
-        """Tie the session to buffers by address; nothing is copied on the way in or out."""
+        """Tie the session to buffers by address: nothing is copied on the way in or out."""
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
@@ -37,18 +36,13 @@ def _run(session: ort.InferenceSession, binding: ort.IOBinding, _alive: tuple[Ar
 
 
 class OrtBackend:
-    """Sessions over the bundle's mapped weights.
-
-    The first backend of a process sizes the thread pool that all share; one that asks for another
-    number of threads later has pools of its own.
-    """
+    """Sessions over the bundle's mapped weights."""
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
         self.version = f"onnxruntime {ort.__version__}"
         self._bundle = bundle
         self._threads = threads
         _share_arena()
-        self._shared_pool = _share_pool(threads)
 
     def load(self, graph: str) -> OrtGraph:
         """Make a session.
@@ -58,56 +52,45 @@ class OrtBackend:
         """
         path = self._bundle.file(graph)
         try:
-            session = ort.InferenceSession(
-                str(path), self._options(), providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's exceptions have no common class but this one
+            try:
+                return OrtGraph(_session(path.as_posix(), self._options(own_pool=True)))
+            except RuntimeError as error:
+                if "use_per_session_threads" not in str(error):
+                    raise
+                # the host application has made a global thread pool, and all sessions must use it
+                return OrtGraph(_session(path.as_posix(), self._options(own_pool=False)))
+        except Exception as error:  # ONNX Runtime's own exceptions have no other common class
             reason = " ".join(str(error).split())
             raise L2CError(f"{self.version} cannot load {path}: {reason}") from None
-        return OrtGraph(session)
 
-    def _options(self) -> ort.SessionOptions:
+    def _options(self, own_pool: bool) -> ort.SessionOptions:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        # Packed weights would be a private copy for each session; without packing the pages of the
-        # mapped file are used as they are, by all sessions.
+        # Packed weights would be a private copy in each session; unpacked, all sessions use the
+        # pages of the mapped file, and load in a hundredth of the time.
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.use_env_allocators", "1")
-        if self._shared_pool:
-            options.use_per_session_threads = False
-        else:
+        # Threads of this session that still spin would take the cores from the next call's.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.use_per_session_threads = own_pool
+        if own_pool:
             options.intra_op_num_threads = self._threads or 0
-            # Sessions run in turn: idle pools that spin would take the cores from the busy one.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return options
 
 
-_lock = threading.Lock()
-_pool_threads: int | None = None  # of the shared pool once it exists; 0 is ONNX Runtime's choice
+def _session(path: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    # The fallback would print to stdout and try the same once more.
+    return ort.InferenceSession(path, options, ["CPUExecutionProvider"], enable_fallback=0)
 
 
 @functools.cache
 def _share_arena() -> None:
-    """One arena for all sessions, instead of one that grows to the largest call for each of them."""
+    """Let all sessions of the process use one arena, instead of one each."""
     memory = ort.OrtMemoryInfo(
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
     )
-    config = ort.OrtArenaCfg({"arena_extend_strategy": 1})  # 1: as much as was asked for
+    grow = ort.OrtArenaCfg({"arena_extend_strategy": 1})  # by what is asked for, not by doubling
     try:
-        ort.create_and_register_allocator(memory, config)
-    except Exception as error:  # the host application has registered one: sessions use that
-        _log.info("sharing the arena that is already registered (%s)", error)
-
-
-def _share_pool(threads: int | None) -> bool:
-    """Make the process's thread pool, or say that it has another size than ``threads``."""
-    global _pool_threads
-    with _lock:
-        if _pool_threads is None:
-            try:
-                ort.set_global_thread_pool_sizes(threads or 0, 1)
-                _pool_threads = threads or 0
-            except Exception as error:  # the host application has made it, in a size not known
-                _log.info("using the thread pool that already exists (%s)", error)
-                _pool_threads = -1
-        return threads is None or threads == _pool_threads
+        ort.create_and_register_allocator(memory, grow)
+    except Exception as error:  # the host application has one: that is then shared
+        _log.info("using the arena that is already registered: %s", error)
