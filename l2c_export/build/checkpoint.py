@@ -469,11 +469,11 @@ def random_checkpoint(config: DiTConfig, seed: int) -> Checkpoint:
 
 
 def _random_tensor(seed: int, name: str, shape: Shape) -> Tensor:
-    """Uniform numbers: unlike normal ones, and drawn in 0 … 1, their bits are those of any CPU."""
+    """Uniform numbers, scaled afterwards: unlike normal ones they have the same bits on any CPU."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     width = math.sqrt(12) * _spread(name, shape)
-    return torch.empty(shape).uniform_(generator=generator).sub_(0.5).mul_(width)
+    return torch.empty(shape).uniform_(-0.5, 0.5, generator=generator).mul_(width)
 
 
 def _spread(name: str, shape: Shape) -> float:
