@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
+from l2c_export.core.files import write_json
 from l2c_export.core.models import PRESETS
 from l2c_export.core.samplers import SAMPLERS
+from l2c_export.errors import L2CError
 from l2c_export.evidence.request import ScheduleOptions
 
 FILE = click.Path(path_type=Path)
@@ -102,3 +106,33 @@ def _check_usage(options: ScheduleOptions) -> None:
     if options.model is not None and options.model not in PRESETS:
         known = ", ".join(PRESETS)
         raise click.BadParameter(f"{options.model!r} is not one of: {known}", param_hint="--model")
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function that shows how far things are, on a terminal only."""
+    terminal = sys.stderr.isatty()
+
+    def show(what: str, done: int, total: int) -> None:
+        if terminal:
+            click.echo(f"\r\033[K{what} {done}/{total}", nl=False, err=True)
+
+    try:
+        yield show
+    finally:
+        if terminal:
+            click.echo("\r\033[K", nl=False, err=True)
+
+
+def write_report(path: Path, data: Any) -> None:
+    """Write a JSON report whole.
+
+    Raises:
+        L2CError: It cannot be written there.
+    """
+    try:
+        write_json(path, data)
+    except OSError as error:
+        raise L2CError(
+            f"cannot write the report {path}: {error.strerror}; choose another place with --report"
+        ) from None

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import safetensors
 import torch
 from torch import Tensor
 
+from l2c_export.build.checkpoint import open_checkpoint
 from l2c_export.build.dit import Branches, DiT, guide
 from l2c_export.core.bundle import WEIGHTS, Bundle
 from l2c_export.core.models import DiTConfig, config_from_json
@@ -128,4 +130,12 @@ def bundle_reference(bundle: Bundle) -> Reference:
     config = config_from_json(manifest.model, f"{bundle.path}: model")
     with safetensors.safe_open(bundle.path / WEIGHTS, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in config.parameters()}
+    return Reference(config, state, guidance=manifest.guidance is not None)
+
+
+def checkpoint_reference(bundle: Bundle, checkpoint: Path) -> Reference:
+    """The reference of a bundle with the weights of a checkpoint, read as ``build`` reads it."""
+    manifest = bundle.manifest
+    config = config_from_json(manifest.model, f"{bundle.path}: model")
+    state = dict(open_checkpoint(checkpoint, config).iter_tensors())
     return Reference(config, state, guidance=manifest.guidance is not None)

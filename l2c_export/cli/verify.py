@@ -1,0 +1,54 @@
+"""``l2c-export verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from l2c_export.cli.options import FILE, parse_labels, show_progress, write_report
+from l2c_export.evidence.verify import Settings, report_json, report_table, verify
+from l2c_export.runtime import Runner
+
+
+@click.command()
+@click.argument("bundle", type=FILE)
+@click.option("--labels", callback=parse_labels, metavar="L,L,…", help="Classes; without it, random.")
+@click.option(
+    "--batch", type=click.IntRange(1), help="Latents, without --labels. Default: 2 if it can."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--guidance-scale", type=float, help="Without it, the bundle's own.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, min_open=True),
+    help="Largest max|a-b|/max|b|. Default: 1e-4 for float32.",
+)
+@click.option("--calls", type=click.IntRange(1), help="Compare only the first so many calls.")
+@click.option(
+    "--checkpoint", type=FILE, help="Weights for the reference; without it, the bundle's own file."
+)
+@click.option(
+    "--uncached/--no-uncached", default=True, help="Also compare without caching. Default: yes."
+)
+@click.option("--backend", default="ort", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="For the bundle; without it, all cores.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--report", type=FILE, help="Where the report goes. Default: BUNDLE/reports/verify.json.")
+def command(
+    bundle: Path,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+    report: Path | None,
+    **settings: object,
+) -> None:
+    """Compare BUNDLE, call by call, with PyTorch and the same schedule; exit 3 where it differs."""
+    runner = Runner.load(bundle, backend, threads)
+    with show_progress() as progress:
+        result = verify(runner, Settings(**settings), progress)  # type: ignore[arg-type]
+    data = report_json(result, runner)
+    click.echo(json.dumps(data, indent=1) if as_json else report_table(result))
+    write_report(report or bundle / "reports" / "verify.json", data)
+    result.check()

@@ -1,0 +1,200 @@
+"""One call of a bundle against the same call of the eager reference.
+
+Two comparisons, because each sees what the other cannot. Teacher forcing gives every call of the
+bundle the reference's own latent and slots, so an error is found in the call and the slot where it
+is made. Free running feeds the bundle what it made itself, so it sees the buffers, the sampler's
+numbers and how errors grow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l2c_export.core.bundle import Manifest, ProgramCall
+from l2c_export.core.samplers import sampler_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from l2c_export.evidence.reference import Record, Reference
+    from l2c_export.runtime import Session
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class CallErrors:
+    """What one call of the bundle has different from the reference.
+
+    Attributes:
+        index: Of the call.
+        timestep: What the network is told.
+        graph: The step graph.
+        output: Error of the guided output, by teacher forcing where the call is cached.
+        slots: Teacher forcing: error of each written slot, in execution order.
+        latent: Free running: error of the latent after the call.
+        blamed: The slot that the call reads wrongly, where further runs found one.
+    """
+
+    index: int
+    timestep: float
+    graph: str
+    output: float
+    slots: dict[str, float]
+    latent: float
+    blamed: str = ""
+
+    @property
+    def errors(self) -> list[float]:
+        """All of them."""
+        return [*self.slots.values(), self.output, self.latent]
+
+    @property
+    def worst_slot(self) -> tuple[str, float]:
+        """Name and error of the written slot that differs most."""
+        name = max(self.slots, key=lambda slot: rank(self.slots[slot]), default="")
+        return name, self.slots.get(name, 0.0)
+
+    def fault(self, tolerance: float) -> str | None:
+        """The first thing that is wrong in this call, in words."""
+        limit = f"more than the tolerance {tolerance:.1e}"
+        for slot, error in self.slots.items():
+            if not error <= tolerance:
+                return f"slot {slot} differs by {error:.2e}, {limit}"
+        if not self.output <= tolerance:
+            read = f" because it reads slot {self.blamed} wrongly" if self.blamed else ""
+            return f"the output differs by {self.output:.2e}, {limit}{read}"
+        if not self.latent <= tolerance:
+            return (
+                f"the latent after it differs by {self.latent:.2e}, {limit}, though the call is right "
+                "by itself: the update or the buffers are wrong, or small errors grow"
+            )
+        return None
+
+
+def rank(error: float) -> float:
+    """A key that sorts NaN as the worst error."""
+    return math.inf if math.isnan(error) else error
+
+
+def relative_error(value: Array, reference: Array) -> float:
+    """max|value - reference| / max|reference|; NaN where either has a value that is not finite."""
+    if not (np.isfinite(value).all() and np.isfinite(reference).all()):
+        return math.nan
+    difference = float(np.abs(value.astype(np.float64) - reference).max())
+    scale = float(np.abs(reference).max())
+    return difference / scale if scale else (math.inf if difference else 0.0)
+
+
+@dataclass
+class Comparison:
+    """A bundle's trajectory beside the reference's; no more than one call of it is kept.
+
+    Attributes:
+        reference: The eager model.
+        session: Of the bundle, for as many latents as there are labels.
+        manifest: The bundle's.
+        labels: (B,) int64.
+        noise: (B, C, H, W) float32.
+        scale: Guidance scale.
+        calls: How many calls to compare.
+    """
+
+    reference: Reference
+    session: Session
+    manifest: Manifest
+    labels: NDArray[np.int64]
+    noise: Array
+    scale: float
+    calls: int
+
+    def cached(self, tolerance: float) -> Iterator[tuple[CallErrors, Array]]:
+        """Yield each call's errors and the bundle's (B, C, H, W) latent after it."""
+        self._start(cached=True)
+        sound = True
+        program = list(self.manifest.calls[: self.calls])
+        for i, (call, record) in enumerate(zip(program, self._records(program), strict=True)):
+            output, slots = self._forced(i, call, record)
+            bad_slot = not all(error <= tolerance for error in slots.values())
+            blamed = ""
+            if sound and not output <= tolerance and not bad_slot:
+                blamed = self._blame(i, call, record, tolerance)
+            latent = self.session.step().x.copy()
+            free = relative_error(latent, record.x_next.numpy())
+            errors = CallErrors(i, call.timestep, call.graph, output, slots, free, blamed)
+            sound = sound and errors.fault(tolerance) is None
+            yield errors, latent
+
+    def uncached(self) -> Iterator[tuple[CallErrors, Array]]:
+        """The same for the graph that computes everything; free running alone, output and latent."""
+        self._start(cached=False)
+        graph = self.manifest.uncached
+        program = [replace(c, graph=graph, reads={}, writes={}) for c in self.manifest.calls]
+        program = program[: self.calls]
+        for i, (call, record) in enumerate(zip(program, self._records(program), strict=True)):
+            result = self.session.step()
+            output = relative_error(result.output, record.output.numpy())
+            free = relative_error(result.x, record.x_next.numpy())
+            yield CallErrors(i, call.timestep, graph, output, {}, free), result.x.copy()
+
+    def _start(self, *, cached: bool) -> None:
+        scale = self.scale if self.manifest.guidance else None
+        self.session.start(self.labels, self.noise, scale, cached)
+
+    def _records(self, program: list[ProgramCall]) -> Iterator[Record]:
+        """The reference's calls: timesteps and updates are the sampler's, not the manifest's."""
+        import torch
+
+        table = sampler_table(self.manifest.sampler, len(self.manifest.calls))[: self.calls]
+        return self.reference.trajectory(
+            table,
+            [tuple(call.reads) for call in program],
+            torch.from_numpy(self.labels),
+            torch.from_numpy(self.noise),
+            self.scale,
+        )
+
+    def _forced(self, i: int, call: ProgramCall, record: Record) -> tuple[float, dict[str, float]]:
+        """Errors of the output and of every written slot, from the reference's own inputs."""
+        wanted = {name: record.branches[name].numpy() for name in (*call.reads, *call.writes)}
+        order = [name for name in self.manifest.slots.names if name in call.writes]
+        inputs = (record.x.numpy(), *(wanted[name] for name in call.reads))
+        if not all(np.isfinite(array).all() for array in inputs):
+            return math.nan, dict.fromkeys(order, math.nan)
+        reads = {name: wanted[name] for name in call.reads}
+        output, writes = self.session.run_call(i, record.x.numpy(), reads)
+        slots = {name: relative_error(writes[name], wanted[name]) for name in order}
+        return relative_error(output, record.output.numpy()), slots
+
+    def _blame(self, i: int, call: ProgramCall, record: Record, tolerance: float) -> str:
+        """The slot that a call reads wrongly: it sees one at a time, and zeros for the others."""
+        import torch
+
+        zeros = {name: torch.zeros_like(record.branches[name]) for name in call.reads}
+        if not self._probe(i, record, zeros) <= tolerance:
+            return ""  # what the call computes is wrong, whatever it reads
+        for name in self.manifest.slots.names:
+            if name in zeros:
+                one = zeros | {name: record.branches[name]}
+                if not self._probe(i, record, one) <= tolerance:
+                    return name
+        return ""
+
+    def _probe(self, i: int, record: Record, reads: dict[str, Tensor]) -> float:
+        """Error of a call's output for slots of our choice."""
+        import torch
+
+        if not all(torch.isfinite(value).all() for value in (record.x, *reads.values())):
+            return math.nan
+        timestep = sampler_table(self.manifest.sampler, len(self.manifest.calls))[i].timestep
+        labels = torch.from_numpy(self.labels)
+        wanted, _ = self.reference.call(record.x, timestep, labels, self.scale, reads)
+        arrays = {name: value.numpy() for name, value in reads.items()}
+        got, _ = self.session.run_call(i, record.x.numpy(), arrays)
+        return relative_error(got, wanted.numpy())
