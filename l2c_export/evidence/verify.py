@@ -218,7 +218,6 @@ def report_table(report: Report) -> str:
         if i < len(report.uncached):
             line += f" {report.uncached[i].latent:9.1e} {report.delta[i]:14.1e}"
         lines.append(line + ("  <- bad" if _bad(report, i) else ""))
-    if report.uncached:
     if report.failure:
         lines.append(f"FAILED  {report.failure}")
     else:
