@@ -51,7 +51,7 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
         "out": (TOKENS * WIDTH, int(np.prod(LATENT))),
         "label": (CLASSES + 1, WIDTH),
         "time": (WIDTH,),
-        **{slot: (WIDTH, WIDTH) for slot in SLOTS},
+        **dict.fromkeys(SLOTS, (WIDTH, WIDTH)),
     }
     return {
         name: (rng.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
@@ -76,7 +76,7 @@ def write_bundle(folder: Path, *, guidance: bool = True, batch: tuple[int, int] 
         preset=None,
         model={"family": "handmade"},
         weights={"kind": "random", "seed": 0},
-        schedule={"source": {"policy": "handmade"}, "removed": 6, "of": 24},
+        schedule={"kind": "handmade", "removed": 6, "asked": 6},
         sampler="ddim",
         latent=LATENT,
         classes=CLASSES,

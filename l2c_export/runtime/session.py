@@ -112,9 +112,9 @@ class Session:
         scale = check_guidance(manifest, guidance_scale)
         np.copyto(self.x, check_noise(manifest, self.batch, noise, seed))
         self._guidance[0] = scale
-        self._conditioning.start(labels)
         self._program = manifest.calls if cached else _uncached(manifest)
         self._index, self._held = 0, {}
+        self._conditioning.start(labels)
 
     def step(self) -> CallResult:
         """Run the next call and the update of the latent.
@@ -238,6 +238,7 @@ class _Conditioning:
             labels = np.concatenate([labels, np.full_like(labels, self._null)])
         self._distinct, self._order = np.unique(labels, return_inverse=True)
         self._first = len(self._timesteps)
+        self.select(0)
 
     def select(self, index: int) -> None:
         """Fill ``rows`` for a call."""
