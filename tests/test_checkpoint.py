@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from l2c_export.errors import L2CError
 
 DATA = Path(__file__).parent / "data" / "dit-ddim20"
 TINY = DiTConfig(depth=2, hidden_size=16, num_heads=2, patch_size=2, input_size=4, num_classes=5)
+DIFFUSERS_TINY = replace(TINY, frequency_divisor=127, mlp_norm_eps=1e-5)
 
 State = dict[str, Tensor]
 
@@ -251,13 +253,6 @@ def call() -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([999, 421, 0]), torch.tensor([1, 5, 3])  # 5 is the null label
 
 
-def set_official_constants(model: DiTTransformer2DModel) -> None:
-    """The two constants in which diffusers departs from the model that Meta trained."""
-    for block in model.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-        block.norm3.eps = 1e-6
-
-
 @pytest.mark.parametrize("kind", ["single", "sharded", "pipeline", "bin"])
 def test_a_diffusers_folder_gives_what_diffusers_gives(
     tmp_path: Path, diffusers_model: DiTTransformer2DModel, kind: str
@@ -272,7 +267,6 @@ def test_a_diffusers_folder_gives_what_diffusers_gives(
     path = tmp_path if kind == "pipeline" else folder
     config = config_from_diffusers(path)
     checkpoint = open_checkpoint(path, config)
-    set_official_constants(diffusers_model)
     x, t, y = call()
     with torch.no_grad():
         expected = diffusers_model(x, t, y).sample
@@ -280,7 +274,18 @@ def test_a_diffusers_folder_gives_what_diffusers_gives(
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert checkpoint.source["format"] == "diffusers"
     assert "config.json" in checkpoint.source["files"]
-    assert config == TINY
+    assert config == checkpoint.config == DIFFUSERS_TINY
+
+
+def test_weights_in_a_diffusers_folder_run_with_diffusers_constants(
+    tmp_path: Path, diffusers_model: DiTTransformer2DModel
+) -> None:
+    diffusers_model.save_pretrained(tmp_path)
+    assert open_checkpoint(tmp_path, TINY).config == DIFFUSERS_TINY
+    edit_config(tmp_path, norm_eps=1e-6)
+    assert open_checkpoint(tmp_path, TINY).config.mlp_norm_eps == 1e-6
+    edit_config(tmp_path, norm_eps="small")
+    assert "mlp_norm_eps is 'small'" in refusal(tmp_path)
 
 
 def test_half_precision_diffusers_folders_are_read(
@@ -331,7 +336,8 @@ def test_a_diffusers_folder_of_another_model_is_refused_by_field(
 def test_a_presets_diffusers_folder_is_recognised(tmp_path: Path) -> None:
     config = {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero", "out_channels": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert config_from_diffusers(tmp_path) == PRESETS["dit-xl-2"]
+    constants = {"frequency_divisor": 127, "mlp_norm_eps": 1e-5}
+    assert config_from_diffusers(tmp_path) == replace(PRESETS["dit-xl-2"], **constants)
     assert "this looks like --model dit-xl-2" in refusal(tmp_path)
 
 

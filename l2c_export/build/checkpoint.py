@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ class Checkpoint:
     """A model's weights, wherever they come from.
 
     Attributes:
-        config: The model that they fit.
+        config: The model that they make. From a diffusers folder it has diffusers' constants,
+            whatever the model that was asked for has.
         tensors: Official parameter name -> tensor in the source's own floating-point type, in
             the order of ``config.parameters()``. Reading does not check the values.
         source: For the manifest: ``kind`` ("checkpoint" or "random") and, for files, ``format``,
@@ -259,14 +260,22 @@ def config_from_diffusers(folder: Path) -> DiTConfig:
             num_classes=data["num_embeds_ada_norm"],
             learn_sigma=data["out_channels"] != data["in_channels"],
             guidance_channels=min(3, data["in_channels"]),
+            **_diffusers_constants(folder),
         )
     except L2CError as error:
         raise L2CError(f"{where}: {error}") from None
 
 
+def _diffusers_constants(folder: Path) -> dict[str, Any]:
+    """Where diffusers computes something else than the official model, from the same weights."""
+    eps = _read_json(folder / "config.json").get("norm_eps", 1e-5)
+    return {"frequency_divisor": 127, "mlp_norm_eps": eps}
+
+
 def _open_diffusers(path: Path, config: DiTConfig) -> Checkpoint:
     folder = _transformer_folder(path)
     _check_diffusers_config(folder, config)
+    config = replace(config, **_diffusers_constants(folder))
     files, stored = _scan_diffusers(folder)
     table = stored.pop("pos_embed.pos_embed", None)  # old releases of diffusers stored it
     _check_fit(folder, stored, _diffusers_shapes(config), preset_hint=False)
@@ -347,6 +356,7 @@ def _diffusers_preset(folder: Path) -> str:
         found = config_from_diffusers(folder)
     except L2CError:
         return ""
+    found = replace(found, frequency_divisor=128, mlp_norm_eps=1e-6)
     name = next((name for name, config in PRESETS.items() if config == found), None)
     return f"; this looks like --model {name}" if name else ""
 

@@ -18,10 +18,9 @@ from l2c_export.core.models import DiTConfig, slot
 Branches = dict[str, Tensor]
 
 
-def timestep_embedding(t: Tensor, size: int = 256) -> Tensor:
-    """Sinusoidal embedding: (R,) timesteps to (R, size), cosines first."""
-    half = size // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+def timestep_embedding(t: Tensor, divisor: int = 128) -> Tensor:
+    """Sinusoidal embedding: (R,) timesteps to (R, 256), cosines first."""
+    exponents = torch.arange(128, dtype=torch.float32, device=t.device) / divisor
     angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)[None]
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
@@ -48,11 +47,12 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         d = config.hidden_size
+        self.divisor = config.frequency_divisor
         self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed timesteps in 0 … 999."""
-        return self.mlp(timestep_embedding(t))
+        return self.mlp(timestep_embedding(t, self.divisor))
 
 
 class LabelEmbedder(nn.Module):
@@ -106,7 +106,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.size = config.hidden_size
+        self.size, self.mlp_eps = config.hidden_size, config.mlp_norm_eps
         self.attn = Attention(config)
         self.mlp = Mlp(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(self.size, 6 * self.size))
@@ -124,12 +124,12 @@ class Block(nn.Module):
             attn = self.attn(modulate(self.norm(x), shift_a, scale_a))
         x = x + gate_a[:, None] * attn
         if mlp is None:
-            mlp = self.mlp(modulate(self.norm(x), shift_m, scale_m))
+            mlp = self.mlp(modulate(self.norm(x, self.mlp_eps), shift_m, scale_m))
         return x + gate_m[:, None] * mlp, attn, mlp
 
-    def norm(self, x: Tensor) -> Tensor:
+    def norm(self, x: Tensor, eps: float = 1e-6) -> Tensor:
         """LayerNorm without parameters."""
-        return F.layer_norm(x, (self.size,), eps=1e-6)
+        return F.layer_norm(x, (self.size,), eps=eps)
 
 
 class PatchEmbed(nn.Module):

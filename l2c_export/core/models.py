@@ -40,6 +40,10 @@ class DiTConfig:
         mlp_ratio: Width of the MLP's hidden layer over ``hidden_size``.
         guidance_channels: Leading channels to which classifier-free guidance applies; the others
             keep the conditional prediction. The official ``forward_with_cfg`` guides 3 of 4.
+        frequency_divisor: Frequency i of the timestep embedding is 10000 ** (-i / divisor): 128 in
+            the official model; 127 in diffusers, whatever model its weights come from.
+        mlp_norm_eps: Epsilon of the norm before each MLP: 1e-6 in the official model; diffusers
+            has 1e-5 unless ``norm_eps`` says otherwise. The other norms have 1e-6 in both.
     """
 
     depth: int
@@ -52,6 +56,8 @@ class DiTConfig:
     learn_sigma: bool = True
     mlp_ratio: float = 4.0
     guidance_channels: int = 3
+    frequency_divisor: int = 128
+    mlp_norm_eps: float = 1e-6
     family: str = "dit"
 
     def __post_init__(self) -> None:
@@ -64,7 +70,7 @@ class DiTConfig:
                 continue
             if field.name == "learn_sigma":
                 ok = isinstance(value, bool)
-            elif field.name == "mlp_ratio":
+            elif field.name in ("mlp_ratio", "mlp_norm_eps"):
                 ok = isinstance(value, (int, float)) and math.isfinite(value) and value > 0
             else:
                 ok = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 65536
