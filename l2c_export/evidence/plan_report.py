@@ -195,13 +195,13 @@ def _graph_lines(data: dict[str, Any]) -> list[str]:
     lines = [f"{'graph':13}  {'computed':>8}  {'reads':>5}  {'writes':>6}  {'of full':>7}  calls"]
     lines += [
         f"{g['name']:13}  {g['computed']:8}  {len(g['reads']):5}  {len(g['writes']):6}  "
-        f"{100 * g['share']:5.1f} %  {_runs(g['calls'], 44)}"
+        f"{100 * g['share']:5.1f} %  {runs_of(g['calls'], 44)}"
         for g in data["graphs"]
     ]
     return lines
 
 
-def _runs(numbers: list[int], width: int) -> str:
+def runs_of(numbers: list[int], width: int) -> str:
     """Numbers in at most ``width`` columns, the middle left out where they do not fit."""
     text = " ".join(map(str, numbers))
     if len(text) <= width:

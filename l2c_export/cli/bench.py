@@ -1,0 +1,51 @@
+"""``l2c-export bench``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from l2c_export.cli.options import FILE, show_progress, write_report
+from l2c_export.evidence.bench import PEERS, bench
+from l2c_export.evidence.bench_report import bench_table
+
+
+@click.command()
+@click.argument("bundle", type=FILE)
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Latents in one call."
+)
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="For bundle and peer; without it, all cores.")
+@click.option("--backend", default="ort", show_default=True)
+@click.option("--peer", type=click.Choice(PEERS), help="Also run eager PyTorch with the same schedule.")
+@click.option("--memory/--no-memory", default=True, help="Also measure memory. Default: yes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
+@click.option("--report", type=FILE, help="Where the report goes. Default: BUNDLE/reports/bench.json.")
+def command(
+    bundle: Path,
+    batch: int,
+    repeats: int,
+    threads: int | None,
+    backend: str,
+    peer: str | None,
+    memory: bool,
+    as_json: bool,
+    report: Path | None,
+) -> None:
+    """Measure BUNDLE: cached beside uncached, its ceiling, its memory."""
+    with show_progress() as progress:
+        data = bench(
+            bundle,
+            batch=batch,
+            repeats=repeats,
+            threads=threads,
+            backend=backend,
+            peer=peer,
+            memory=memory,
+            progress=progress,
+        )
+    click.echo(json.dumps(data, indent=1) if as_json else bench_table(data))
+    write_report(report or bundle / "reports" / "bench.json", data)

@@ -1,0 +1,93 @@
+"""A benchmark for a terminal: the ceiling beside the measurement, the spread, the machine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from l2c_export.evidence.plan_report import runs_of, size
+
+_LONG = ("graphs", "model")
+
+
+def bench_table(data: dict[str, Any]) -> str:
+    """The report of :func:`l2c_export.evidence.bench.bench`; its last line is JSON, without the long parts."""
+    machine = data["machine"]
+    rows = "with guidance" if data["guidance"] else "without guidance"
+    weights = ", random weights" if data["random_weights"] else ""
+    lines = [
+        f"{data['bundle']}: batch {data['batch']} {rows}{weights}; median (p10 … p90) of "
+        f"{data['repeats']} interleaved repeats",
+        f"{machine['cpu']}, {data['threads']} threads, {machine['backend']}, {machine['system']}",
+        *_busy(data),
+        "",
+        *_graph_lines(data),
+        "",
+        *_speed_lines(data),
+        *_memory_lines(data["memory"]),
+        json.dumps({key: data[key] for key in data if key not in _LONG}, ensure_ascii=False),
+    ]
+    return "\n".join(lines)
+
+
+def _busy(data: dict[str, Any]) -> list[str]:
+    load = data["load_average_before"]
+    if load is None or load < 0.5 * data["machine"]["cores"]:
+        return []
+    return [f"the machine was busy with other things: load average {load:.1f} before the start"]
+
+
+def _graph_lines(data: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{'graph':13}  {'computed':>8}  {'ms a call':>26}  {'by MACs':>8}  {'measured':>8}  calls"
+    ]
+    lines += [
+        f"{g['graph']:13}  {g['computed']:8}  {_spread(g['ms'], '.1f'):>26}  "
+        f"{100 * g['ideal_share']:6.2f} %  {100 * g['measured_share']['median']:6.2f} %  "
+        f"{runs_of(g['calls'], 24)}"
+        for g in data["graphs"]
+    ]
+    return lines
+
+
+def _speed_lines(data: dict[str, Any]) -> list[str]:
+    s, p, all_reuse = data["speed"], data["peer"], data["all_reuse"]
+    lines = [
+        f"trajectory  cached {_spread(s['cached_seconds'], '.3f')} s, "
+        f"uncached {_spread(s['uncached_seconds'], '.3f')} s",
+        f"speed-up    ideal {s['ideal']:.3f}x   measured {_spread(s['measured'], '.3f')}x   "
+        f"{100 * s['of_ideal']:.1f} % of the ideal",
+    ]
+    if all_reuse:
+        share = 100 * all_reuse["share"]["median"]
+        lines.append(
+            f"all reused  {_spread(all_reuse['ms'], '.2f')} ms a call, {share:.2f} % of a full one"
+        )
+    if p:
+        lines.append(
+            f"peer        {p['name']}, same schedule: {_spread(p['seconds'], '.3f')} s; "
+            f"the bundle is {_spread(p['ratio'], '.2f')}x faster"
+        )
+    return lines
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    if "weight_bytes" not in memory:
+        return []
+    lines = [
+        f"bundle      {size(memory['bundle_bytes'])}, of which weights {size(memory['weight_bytes'])}; "
+        f"loaded in {memory['load_seconds']:.2f} s, digests checked"
+    ]
+    if "skipped" in memory:
+        return [*lines, f"memory      not measured: {memory['skipped']}"]
+    return [
+        *lines,
+        f"memory      PSS {size(memory['pss_bytes'])} after a trajectory; weights and caches alone "
+        f"{size(memory['floor_bytes'])};",
+        f"            without the {size(memory['cache_bytes'])} of caches {memory['of_weights']:.3f}x "
+        f"the weights; {size(memory['imports_pss_bytes'])} of it before loading",
+    ]
+
+
+def _spread(values: dict[str, float], form: str) -> str:
+    return f"{values['median']:{form}} ({values['p10']:{form}} … {values['p90']:{form}})"

@@ -1,0 +1,135 @@
+"""Processes of their own for what must not share one with the measured runner.
+
+The memory of a deployment is measured in a process that imports nothing but the runtime. Eager
+PyTorch runs in a process too: two thread pools in one process would spin on each other's cores.
+A child speaks JSON, a line at a time: ``python -m l2c_export.evidence.child ROLE ARGUMENTS``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import l2c_export
+from l2c_export.errors import L2CError
+from l2c_export.evidence.machine import peak_resident, proportional_set_size
+
+
+class Child:
+    """A running child; a context manager that ends it."""
+
+    def __init__(self, role: str, arguments: dict[str, Any]) -> None:
+        root = str(Path(l2c_export.__file__).parents[1])
+        inherited = os.environ.get("PYTHONPATH")
+        path = os.pathsep.join([root, inherited] if inherited else [root])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "l2c_export.evidence.child", role, json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        self._role = role
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the child's next line.
+
+        Raises:
+            L2CError: The child failed; with the last line that it left on stderr.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            _, errors = self._process.communicate()
+            last = next(reversed(errors.strip().splitlines()), "it said nothing")
+            raise L2CError(f"the {self._role} process failed: {last}")
+        result: dict[str, Any] = json.loads(line)
+        return result
+
+    def ask(self) -> dict[str, Any]:
+        """Let the child do its work once more, and wait for it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+
+def _say(data: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(data) + "\n")
+    sys.stdout.flush()
+
+
+def _memory(bundle: str, backend: str, batch: int, threads: int) -> None:
+    """Load, run one cached trajectory, and say how long that took and what it holds."""
+    from l2c_export.runtime import Runner
+
+    before = proportional_set_size()
+    start = time.perf_counter()
+    runner = Runner.load(bundle, backend, threads)
+    loaded = time.perf_counter() - start
+    labels = [i % runner.manifest.classes for i in range(batch)]
+    runner.sample(labels, seed=0)
+    _say(
+        {
+            "load_seconds": loaded,
+            "imports_pss_bytes": before,
+            "pss_bytes": proportional_set_size(),
+            "peak_rss_bytes": peak_resident(),
+        }
+    )
+
+
+def _torch(bundle: str, batch: int, threads: int) -> None:
+    """Sample with the eager reference, a trajectory for each line of input."""
+    import numpy as np
+    import torch
+
+    from l2c_export.core.bundle import read_bundle
+    from l2c_export.evidence.reference import bundle_reference
+
+    torch.set_num_threads(threads)
+    opened = read_bundle(Path(bundle))
+    manifest = opened.manifest
+    reference = bundle_reference(opened)
+    noise = np.random.default_rng(0).standard_normal((batch, *manifest.latent), np.float32)
+    x, labels = torch.from_numpy(noise), torch.arange(batch) % manifest.classes
+    scale = manifest.guidance.scale if manifest.guidance else 1.0
+
+    def run(calls: int) -> None:
+        program = manifest.calls[:calls]
+        for _ in reference.trajectory(program, [tuple(c.reads) for c in program], labels, x, scale):
+            pass
+
+    run(2)  # the warm-up: the weights are mapped and the threads there
+    _say({"ready": f"PyTorch {torch.__version__} eager, {torch.get_num_threads()} threads"})
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run(len(manifest.calls))
+        _say({"seconds": time.perf_counter() - start})
+
+
+def _main() -> None:
+    roles: dict[str, Callable[..., None]] = {"memory": _memory, "torch": _torch}
+    try:
+        roles[sys.argv[1]](**json.loads(sys.argv[2]))
+    except L2CError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    _main()
