@@ -135,6 +135,9 @@ def _conditioning_graph(full: ir.Model, frontier: list[str], sizes: list[int]) -
 def _subgraph(model: ir.Model, inputs: list[str], outputs: list[str]) -> ir.Model:
     graph = ir.convenience.extract(model.graph, inputs, outputs)
     graph.opset_imports.update(model.graph.opset_imports)
+    held = dict(graph.initializers)  # in the order of a set of objects: another in every process
+    graph.initializers.clear()
+    graph.initializers.update({name: held[name] for name in model.graph.initializers if name in held})
     return ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
 
 
