@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import handmade
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from handmade import CLASSES, LATENT, PROGRAM, SLOTS, TOKENS, WIDTH
 
-from l2c_export.errors import L2CError
+from l2c_export.core.bundle import MANIFEST, File, Value, read_bundle, write_manifest
+from l2c_export.core.files import sha256
+from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime import Runner, backends
 from l2c_export.runtime.inputs import batches
 from l2c_export.runtime.session import aligned
@@ -174,6 +177,14 @@ def test_a_callback_sees_every_latent(runner):
     for call, (index, timestep, x) in zip(session, seen, strict=True):
         assert (call.index, call.timestep) == (index, timestep)
         assert np.array_equal(call.x, x)
+
+
+def test_a_callback_may_change_the_latent(runner):
+    def start_over(index, timestep, x):
+        if index == len(PROGRAM) - 1:
+            x[:] = 7
+
+    assert (runner.sample([3], seed=0, callback=start_over) == 7).all()
 
 
 def test_slots_are_what_later_calls_read(runner):
@@ -414,6 +425,35 @@ def test_a_flipped_byte_is_refused_with_the_files_name(tmp_path, name):
     (bundle / name).write_bytes(data)
     with pytest.raises(L2CError, match=f"{name} does not match its digest"):
         Runner.load(bundle)
+
+
+def test_a_graph_that_the_backend_does_not_take_is_named(tmp_path):
+    bundle = handmade.write_bundle(tmp_path / "bundle")
+    manifest = read_bundle(bundle).manifest
+    (bundle / "step-cccc.onnx").write_bytes(b"no protobuf")
+    files = {p.name: File(p.stat().st_size, sha256(p)) for p in bundle.iterdir() if p.name != MANIFEST}
+    write_manifest(bundle, replace(manifest, files=files))
+    with pytest.raises(L2CError, match=r"onnxruntime .* cannot load .*step-cccc.onnx: .*Protobuf") as e:
+        Runner.load(bundle)
+    assert "\n" not in str(e.value)
+
+
+def test_a_graph_with_an_input_that_nothing_provides_is_refused(tmp_path):
+    bundle = handmade.write_bundle(tmp_path / "bundle")
+    manifest = read_bundle(bundle).manifest
+    first = manifest.graphs["step-cccc"]
+    graph = replace(first, inputs=(*first.inputs, Value("mask", "float32", ("rows",))))
+    write_manifest(bundle, replace(manifest, graphs=manifest.graphs | {"step-cccc": graph}))
+    with pytest.raises(L2CError, match=r"graph step-cccc has the value 'mask' .* has nothing for it"):
+        Runner.load(bundle).sample([1])
+
+
+def test_a_dtype_that_numpy_lacks_is_refused(tmp_path):
+    bundle = handmade.write_bundle(tmp_path / "bundle")
+    manifest = read_bundle(bundle).manifest
+    write_manifest(bundle, replace(manifest, slots=replace(manifest.slots, dtype="bfloat16")))
+    with pytest.raises(UnsupportedError, match="holds bfloat16 values; this runner knows"):
+        Runner.load(bundle).session(1)
 
 
 def test_a_cut_off_file_is_refused(tmp_path):

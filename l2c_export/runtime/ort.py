@@ -32,7 +32,10 @@ class OrtGraph:
 
 
 def _run(session: ort.InferenceSession, binding: ort.IOBinding, _alive: tuple[Array, ...]) -> None:
-    session.run_with_iobinding(binding)
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:  # as in load; most likely there is not enough memory
+        raise L2CError(f"onnxruntime {ort.__version__} failed: {_one_line(error)}") from None
 
 
 class OrtBackend:
@@ -60,8 +63,7 @@ class OrtBackend:
                 # the host application has made a global thread pool, and all sessions must use it
                 return OrtGraph(_session(path.as_posix(), self._options(own_pool=False)))
         except Exception as error:  # ONNX Runtime's own exceptions have no other common class
-            reason = " ".join(str(error).split())
-            raise L2CError(f"{self.version} cannot load {path}: {reason}") from None
+            raise L2CError(f"{self.version} cannot load {path}: {_one_line(error)}") from None
 
     def _options(self, own_pool: bool) -> ort.SessionOptions:
         options = ort.SessionOptions()
@@ -76,10 +78,15 @@ class OrtBackend:
         # A memory pattern is one large block a graph, new to the arena: 220 MB more after a full and
         # an all-reuse call of DiT-XL/2, and 0.25 s of page faults at each graph's second run.
         options.enable_mem_pattern = False
-        options.use_per_session_threads = own_pool
         if own_pool:
             options.intra_op_num_threads = self._threads or 0
+        else:
+            options.use_per_session_threads = False  # older releases do not have the attribute
         return options
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _session(path: str, options: ort.SessionOptions) -> ort.InferenceSession:

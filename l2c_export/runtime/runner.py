@@ -28,7 +28,10 @@ from l2c_export.runtime.inputs import batches, check_labels, check_noise
 from l2c_export.runtime.session import Floats, Session
 
 Callback = Callable[[int, float, Floats], None]
-"""Takes a call's index, its timestep and the (B, C, H, W) latent after it; a view."""
+"""Takes a call's index, its timestep and the (B, C, H, W) latent after it.
+
+The latent is the session's own: copy what is to be kept; what is changed in it goes into the next call.
+"""
 
 _IDLE_SESSIONS = 4  # that keep their buffers for the next sample()
 

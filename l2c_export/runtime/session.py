@@ -25,6 +25,8 @@ Floats = NDArray[np.float32]
 
 _ALIGNMENT = 256  # bytes; what the strictest backend asks of an address
 
+_DTYPES = ("float32", "float16", "int64")
+
 # The conditioning of many calls is computed at once, because it reads a third of all weights
 # whatever the number of calls. So much of it is kept: 41 calls of DiT-XL/2 with one label and the
 # null label.
@@ -277,12 +279,13 @@ def dtype_of(name: str) -> np.dtype[Any]:
     """The numpy dtype of a manifest's name for it.
 
     Raises:
-        UnsupportedError: numpy has none, as for bfloat16.
+        UnsupportedError: It is not one that numpy has by itself, such as bfloat16.
     """
-    try:
-        return np.dtype(name)
-    except TypeError:
-        raise UnsupportedError(f"this bundle holds {name} values, which numpy cannot") from None
+    if name not in _DTYPES:
+        raise UnsupportedError(
+            f"this bundle holds {name} values; this runner knows {', '.join(_DTYPES)}"
+        )
+    return np.dtype(name)
 
 
 def _aligned_copy(array: Array) -> Array:
