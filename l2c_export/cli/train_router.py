@@ -1,0 +1,106 @@
+"""``l2c-export train-router``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from l2c_export.cli.options import FILE
+from l2c_export.core.models import DiTConfig, preset, read_model_config
+from l2c_export.train.recipe import LATENT_SCALE, Recipe
+
+
+@click.command()
+@click.option("--model", metavar="NAME", help="A known model: dit-xl-2, dit-b-4-512 …")
+@click.option("--model-config", type=FILE, help="A JSON file with a model's configuration.")
+@click.option(
+    "--checkpoint", type=FILE, help="A .pt, .safetensors or diffusers folder; default: official."
+)
+@click.option(
+    "--data",
+    type=FILE,
+    required=True,
+    help="An .npz with labels and latents or images, or a folder with one sub-folder a class, of "
+    ".npy latents or PNG and JPEG images.",
+)
+@click.option(
+    "--latent-scale",
+    type=float,
+    help=f"Factor of latents.  [default: {LATENT_SCALE} with --model, else 1]",
+)
+@click.option("--steps", type=int, default=20, show_default=True, help="Calls of a trajectory; even.")
+@click.option("--iterations", type=int, default=20000, show_default=True, help="Optimizer steps.")
+@click.option("--batch", type=int, default=64, show_default=True, help="Latents, over all processes.")
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate, constant.")
+@click.option(
+    "--l1",
+    "--lambda",
+    type=float,
+    default=5e-6,
+    show_default=True,
+    help="Weight of the sum of scores; more removes more.",
+)
+@click.option("--ste-threshold", type=float, help="Train with hard decisions at this score.")
+@click.option("--label-dropout", type=float, default=0.1, show_default=True, help="To the null label.")
+@click.option("--clamp", type=float, default=5.0, show_default=True, help="Largest absolute logit.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--device", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
+@click.option("--threads", type=click.IntRange(1), help="On the CPU. Default: PyTorch's choice.")
+@click.option("--resume", is_flag=True, help="Continue from the checkpoint beside the output.")
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Iterations between checkpoints.",
+)
+@click.option("-o", "--output", type=FILE, default="router.safetensors", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
+def command(model: str | None, model_config: Path | None, as_json: bool, **values: Any) -> None:
+    """Train a Learning-to-Cache router for a DiT and its DDIM sampler.
+
+    Runs under torchrun on several GPUs too. The training checkpoint is OUTPUT.training.
+    """
+    config = _config(model, model_config)
+    recipe = Recipe(**{field.name: values.pop(field.name) for field in fields(Recipe)})
+    from l2c_export.train.job import Job, train_router
+    from l2c_export.train.sweep import sweep_table
+
+    with _progress(shown=not as_json) as progress:
+        result = train_router(Job(config, recipe, preset=model, **values), progress)
+    if result is None:  # another process of the same training reports
+        return
+    if as_json:
+        click.echo(json.dumps(result.facts()))
+        return
+    click.echo(sweep_table(result.sweep))
+    click.echo(f"{result.output}  {result.iterations} iterations in {result.seconds:.0f} s")
+
+
+def _config(model: str | None, model_config: Path | None) -> DiTConfig:
+    if (model is None) == (model_config is None):
+        raise click.UsageError("give one of --model NAME and --model-config FILE")
+    return preset(model) if model is not None else read_model_config(model_config)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Callable[[int, int, float], None]]:
+    """A line on a terminal's stderr; nothing elsewhere."""
+    terminal = shown and sys.stderr.isatty()
+
+    def progress(done: int, total: int, loss: float) -> None:
+        if terminal:
+            click.echo(f"\r\033[Ktraining {done}/{total}  loss {loss:.3g}", nl=False, err=True)
+
+    try:
+        yield progress
+    finally:
+        if terminal:
+            click.echo("\r\033[K", nl=False, err=True)

@@ -1,0 +1,135 @@
+"""One training from files to a router file: what ``l2c-export train-router`` does."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2c_export.build.checkpoint import Checkpoint, open_checkpoint
+from l2c_export.build.dit import DiT
+from l2c_export.build.download import find_checkpoint
+from l2c_export.build.router_file import write_router
+from l2c_export.core.models import DiTConfig
+from l2c_export.errors import L2CError
+from l2c_export.train.data import read_dataset
+from l2c_export.train.recipe import LATENT_SCALE, Recipe
+from l2c_export.train.router import Progress, Trainer, mean_loss, train
+from l2c_export.train.state import Run
+from l2c_export.train.sweep import SweepRow, sweep
+from l2c_export.train.workers import workers
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, with what, and where to.
+
+    Attributes:
+        config: The model.
+        recipe: How.
+        data: An ``.npz`` or a folder; see :func:`~l2c_export.train.data.read_dataset`.
+        output: The router file; the training's own checkpoint is beside it, with ``.training`` added.
+        checkpoint: The model's weights; None takes the official ones of the preset.
+        preset: The model's name, if it has one.
+        latent_scale: Factor of latents; None is 0.18215 for presets and 1 for others.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None takes a GPU if there is one.
+        threads: On the CPU; None leaves PyTorch's choice.
+        resume: Continue from the training's checkpoint.
+        checkpoint_every: Iterations between checkpoints.
+    """
+
+    config: DiTConfig
+    recipe: Recipe
+    data: Path
+    output: Path
+    checkpoint: Path | None = None
+    preset: str | None = None
+    latent_scale: float | None = None
+    device: str | None = None
+    threads: int | None = None
+    resume: bool = False
+    checkpoint_every: int = 1000
+
+    @property
+    def state(self) -> Path:
+        """The training's checkpoint."""
+        return self.output.with_name(self.output.name + ".training")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a training.
+
+    Attributes:
+        output: The router file.
+        iterations: Made in all, those before a resume included.
+        loss: Mean of the last 100 iterations made here; None if there were none.
+        seconds: Of training, without reading files.
+        sweep: What each threshold buys.
+    """
+
+    output: Path
+    iterations: int
+    loss: float | None
+    seconds: float
+    sweep: list[SweepRow]
+
+    def facts(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return asdict(self) | {"output": str(self.output)}
+
+
+def train_router(job: Job, progress: Progress = lambda done, total, loss: None) -> Result | None:
+    """Train a router and write it.
+
+    Returns:
+        The result; None in all but the first of several processes.
+
+    Raises:
+        L2CError: Something does not fit, is broken or is missing.
+    """
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    if not job.output.absolute().parent.is_dir():
+        raise L2CError(f"cannot write {job.output}: there is no folder {job.output.absolute().parent}")
+    scale = job.latent_scale
+    if scale is None:
+        scale = 1.0 if job.preset is None else LATENT_SCALE
+    data = read_dataset(job.data, job.config, scale)
+    weights = _open_weights(job)
+    with workers(job.device) as (group, device):
+        digest = str(weights.source["sha256"])
+        run = Run(job.recipe, job.config, digest, data.digest, group.count, scale)
+        trainer = Trainer(load_model(weights).to(device), data, run, group)
+        if job.resume:
+            trainer.restore(job.state)
+        start = time.monotonic()
+        losses = train(trainer, job.state, job.checkpoint_every, progress)
+        if group.rank:
+            return None
+        seconds, router = time.monotonic() - start, trainer.router()
+        write_router(
+            job.output, router, family=job.config.family, slots=job.config.slots, training=run.facts()
+        )
+        return Result(
+            job.output, trainer.iteration, mean_loss(losses), seconds, sweep(router, job.config)
+        )
+
+
+def load_model(weights: Checkpoint) -> DiT:
+    """The eager model with a checkpoint's weights in float32."""
+    with torch.device("meta"):
+        model = DiT(weights.config)
+    model.load_state_dict(dict(weights.iter_tensors()), assign=True)
+    return model
+
+
+def _open_weights(job: Job) -> Checkpoint:
+    if job.checkpoint is not None:
+        return open_checkpoint(job.checkpoint, job.config)
+    if job.preset is None:
+        raise L2CError("a model from --model-config needs --checkpoint FILE")
+    return open_checkpoint(find_checkpoint(job.preset), job.config)
