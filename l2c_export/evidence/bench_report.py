@@ -11,14 +11,15 @@ _LONG = ("graphs", "model")
 
 
 def bench_table(data: dict[str, Any]) -> str:
-    """The report of :func:`l2c_export.evidence.bench.bench`; its last line is JSON, without the long parts."""
+    """The report of :func:`l2c_export.evidence.bench.bench`; its last line is JSON."""
     machine = data["machine"]
     rows = "with guidance" if data["guidance"] else "without guidance"
+    threads = f"{data['threads']} thread{'s' * (data['threads'] > 1)}"
     weights = ", random weights" if data["random_weights"] else ""
     lines = [
         f"{data['bundle']}: batch {data['batch']} {rows}{weights}; median (p10 … p90) of "
         f"{data['repeats']} interleaved repeats",
-        f"{machine['cpu']}, {data['threads']} threads, {machine['backend']}, {machine['system']}",
+        f"{machine['cpu']}, {threads}, {machine['backend']}, {machine['system']}",
         *_busy(data),
         "",
         *_graph_lines(data),
@@ -65,8 +66,8 @@ def _speed_lines(data: dict[str, Any]) -> list[str]:
         )
     if p:
         lines.append(
-            f"peer        {p['name']}, same schedule: {_spread(p['seconds'], '.3f')} s; "
-            f"the bundle is {_spread(p['ratio'], '.2f')}x faster"
+            f"peer        {_spread(p['seconds'], '.3f')} s for {p['name']}, same schedule;\n"
+            f"            the bundle is {_spread(p['ratio'], '.2f')}x faster"
         )
     return lines
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import l2c_export
+from l2c_export.core.bundle import read_bundle
 from l2c_export.errors import L2CError
 from l2c_export.evidence.machine import peak_resident, proportional_set_size
 
@@ -96,15 +97,14 @@ def _memory(bundle: str, backend: str, batch: int, threads: int) -> None:
 
 def _torch(bundle: str, batch: int, threads: int) -> None:
     """Sample with the eager reference, a trajectory for each line of input."""
+    opened = read_bundle(Path(bundle))
+    manifest = opened.manifest
     import numpy as np
     import torch
 
-    from l2c_export.core.bundle import read_bundle
     from l2c_export.evidence.reference import bundle_reference
 
     torch.set_num_threads(threads)
-    opened = read_bundle(Path(bundle))
-    manifest = opened.manifest
     reference = bundle_reference(opened)
     noise = np.random.default_rng(0).standard_normal((batch, *manifest.latent), np.float32)
     x, labels = torch.from_numpy(noise), torch.arange(batch) % manifest.classes
@@ -116,7 +116,8 @@ def _torch(bundle: str, batch: int, threads: int) -> None:
             pass
 
     run(2)  # the warm-up: the weights are mapped and the threads there
-    _say({"ready": f"PyTorch {torch.__version__} eager, {torch.get_num_threads()} threads"})
+    count = torch.get_num_threads()
+    _say({"ready": f"PyTorch {torch.__version__} eager, {count} thread{'s' * (count > 1)}"})
     for _ in sys.stdin:
         start = time.perf_counter()
         run(len(manifest.calls))

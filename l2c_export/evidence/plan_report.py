@@ -234,9 +234,9 @@ def _totals(data: dict[str, Any]) -> list[str]:
     ]
     if m["graphs"] < m["graphs_asked"]:
         lines.append(
-            f"merged        {m['graphs_asked']} graphs to {m['graphs']}: {m['written_more']} more "
-            f"writes, {m['computed_more']} more sub-layers computed; ideal was "
-            f"{m['ideal_speedup_asked']:.3f}x"
+            f"merged        {m['graphs_asked']} graphs to {m['graphs']}; more sub-layers "
+            f"computed: {m['computed_more']}, written: {m['written_more']}; "
+            f"ideal was {m['ideal_speedup_asked']:.3f}x"
         )
     return lines
 
