@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -36,6 +37,7 @@ from l2c_export.core.bundle import (
     Manifest,
     ProgramCall,
     Slots,
+    leaves_folder,
     read_bundle,
     write_manifest,
 )
@@ -93,11 +95,14 @@ def build_bundle(output: Path, request: Request, progress: Progress = lambda *_:
         progress: Told what is being made.
 
     Raises:
-        L2CError: The folder holds something else, or another build is at work in it.
+        L2CError: The request makes no sense, the folder holds something else, or another build is
+            at work in it.
     """
     smallest, largest = request.batch
     if not 1 <= smallest <= largest <= 4096:
         raise L2CError(f"batch {smallest}-{largest}: give 1 <= smallest <= largest <= 4096")
+    if not math.isfinite(request.guidance_scale):
+        raise L2CError(f"guidance scale {request.guidance_scale}: give a finite number")
     with _own(output):
         return _Build(output, request, progress).run()
 
@@ -218,9 +223,9 @@ class _Build:
         """What an earlier build recorded here, finished or not."""
         remove_partial(self.output)
         found: dict[str, File] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
             entries = json.loads((self.output / JOURNAL).read_text(encoding="utf-8"))
-            found |= {name: File(**entry) for name, entry in entries.items()}
+            found |= {n: File(**entry) for n, entry in entries.items() if not leaves_folder(n)}
         with contextlib.suppress(L2CError):
             found |= read_bundle(self.output).manifest.files
         return found

@@ -228,7 +228,7 @@ def read_bundle(path: Path) -> Bundle:
         ) from None
     except OSError as error:
         raise L2CError(f"cannot read {manifest}: {error.strerror}") from None
-    except (UnicodeDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise L2CError(f"{manifest} is damaged: {error}; copy or build the bundle again") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise L2CError(f"{manifest} is not an l2c-export manifest (format {FORMAT!r})")
@@ -240,6 +240,8 @@ def read_bundle(path: Path) -> Bundle:
     try:
         parsed = _parse(data)
         intact = _serialise(parsed) == text
+        if intact:
+            _check_program(parsed, str(manifest))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise L2CError(f"{manifest} is damaged ({error!r}); copy or build the bundle again") from None
     if not intact:
@@ -247,7 +249,6 @@ def read_bundle(path: Path) -> Bundle:
             f"{manifest} does not match its own digest: it was damaged or edited; "
             "copy or build the bundle again"
         )
-    _check_program(parsed, str(manifest))
     return Bundle(path, parsed)
 
 
@@ -274,6 +275,12 @@ def _parse(data: Mapping[str, Any]) -> Manifest:
     )
 
 
+def leaves_folder(name: str) -> bool:
+    """Whether a name is not that of a file in a bundle's folder or below it."""
+    parts = name.split("/")  # "" where the name begins with a slash, or two stand together
+    return any(part in ("", ".", "..") for part in parts) or any(sign in name for sign in "\\:\0")
+
+
 def _check_program(manifest: Manifest, where: str) -> None:
     """Refuse a program that a runner could not execute as written."""
 
@@ -281,7 +288,7 @@ def _check_program(manifest: Manifest, where: str) -> None:
         raise L2CError(f"{where}: {what}; build the bundle again")
 
     for name in manifest.files:
-        if not name or name.startswith("/") or "\\" in name or ".." in name.split("/"):
+        if leaves_folder(name):
             refuse(f"file name {name!r} leaves the bundle")
     for name, graph in manifest.graphs.items():
         if graph.file not in manifest.files:

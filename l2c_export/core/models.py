@@ -228,7 +228,7 @@ def read_model_config(path: Path) -> DiTConfig:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise L2CError(f"cannot read model configuration {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise L2CError(f"{path} is not JSON: {error}") from None
     if isinstance(data, dict) and isinstance(data.get("model"), dict):
         data = data["model"]
