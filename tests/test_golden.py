@@ -8,8 +8,8 @@ import pytest
 
 from l2c_export.build.build import Request, build_bundle
 from l2c_export.build.checkpoint import open_checkpoint
+from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.core.models import read_model_config
-from l2c_export.evidence.request import ScheduleOptions, plan_from_options
 from l2c_export.runtime import Runner
 
 DATA = Path(__file__).parent / "data"

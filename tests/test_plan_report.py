@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from l2c_export.cli import cli
 from l2c_export.core.models import DiTConfig
 from l2c_export.core.plan import make_plan
+from l2c_export.core.plan_picture import draw_plan
+from l2c_export.core.plan_report import plan_json, plan_table
 from l2c_export.core.samplers import sampler_table
 from l2c_export.core.schedule import Schedule
-from l2c_export.evidence.plan_picture import draw_plan
-from l2c_export.evidence.plan_report import plan_json, plan_table
 
 ROUTERS = Path(__file__).parents[2] / "shared" / "routers"
 CONFIG = DiTConfig(2, 32, 2, 2, 8, num_classes=10)

@@ -11,10 +11,10 @@ import numpy as np
 from l2c_export.build.build import Request
 from l2c_export.build.checkpoint import random_checkpoint
 from l2c_export.build.router_file import write_router
+from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.core.models import DiTConfig
 from l2c_export.core.plan import Plan
 from l2c_export.core.schedule import Router
-from l2c_export.evidence.request import ScheduleOptions, plan_from_options
 
 CONFIG = DiTConfig(
     depth=2, hidden_size=32, num_heads=2, patch_size=2, input_size=8, num_classes=10, mlp_ratio=2.0

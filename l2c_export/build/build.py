@@ -43,8 +43,8 @@ from l2c_export.core.bundle import (
 )
 from l2c_export.core.files import key_of, remove_partial, replacing, sha256, write_json
 from l2c_export.core.plan import Plan, StepGraph
+from l2c_export.core.plan_report import plan_json
 from l2c_export.errors import L2CError
-from l2c_export.evidence.plan_report import plan_json
 
 JOURNAL = ".l2c-journal.json"
 _LOCK = ".l2c-lock"
@@ -210,7 +210,7 @@ class _Build:
             onnx.checker.check_model(str(temporary))
 
     def _draw(self, path: Path) -> None:
-        from l2c_export.evidence.plan_picture import draw_plan
+        from l2c_export.core.plan_picture import draw_plan
 
         draw_plan(self.plan, path)
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.cli.options import FILE, schedule_options
 from l2c_export.cli.profile_option import profile_option
 from l2c_export.core.bundle import WEIGHTS, Bundle
+from l2c_export.core.plan_report import plan_json, plan_table
 from l2c_export.errors import L2CError
-from l2c_export.evidence.plan_report import plan_json, plan_table
-from l2c_export.evidence.request import ScheduleOptions, plan_from_options
 
 if TYPE_CHECKING:
     from l2c_export.build.checkpoint import Checkpoint

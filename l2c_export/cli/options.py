@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
+from l2c_export.build.schedule_options import ScheduleOptions
 from l2c_export.core.files import write_json
 from l2c_export.core.models import PRESETS
 from l2c_export.core.samplers import SAMPLERS
 from l2c_export.errors import L2CError
-from l2c_export.evidence.request import ScheduleOptions
 
 FILE = click.Path(path_type=Path)
 """A path; whether the file is there and readable is said by whoever reads it."""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
+from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.cli.options import FILE, schedule_options
-from l2c_export.evidence.plan_picture import draw_plan
-from l2c_export.evidence.plan_report import plan_json, plan_table
-from l2c_export.evidence.request import ScheduleOptions, plan_from_options
+from l2c_export.core.plan_picture import draw_plan
+from l2c_export.core.plan_report import plan_json, plan_table
 
 
 @click.command()

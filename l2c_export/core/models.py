@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,10 @@ class DiTConfig:
         """Multiply-accumulates of one row that every call computes: patch embedding, final layer."""
         p2, n, d = self.patch_size**2, self.tokens, self.hidden_size
         return n * d * p2 * (self.in_channels + self.out_channels)
+
+    def call_macs(self, reads: Collection[str] = ()) -> int:
+        """Multiply-accumulates of one row of a call that reads these slots and computes the others."""
+        return self.fixed_macs() + sum(n for name, n in self.slot_macs().items() if name not in reads)
 
     def conditioning_macs(self) -> int:
         """Multiply-accumulates of one row that depend on timestep and label alone."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -226,22 +226,20 @@ def _allocate(graphs: list[StepGraph]) -> tuple[list[tuple[dict[str, int], dict[
 def _costs(
     config: DiTConfig, graphs: list[StepGraph], rows: int, value: int, slot_bytes: int, buffers: int
 ) -> Costs:
-    slot_macs, fixed = config.slot_macs(), config.fixed_macs()
     owned: dict[str, int] = {}
     for name, shape in config.parameters().items():
         owner = config.parameter_owner(name)
         owned[owner] = owned.get(owner, 0) + int(np.prod(shape)) * value
 
-    def over_computed(graph: StepGraph, of_slot: Mapping[str, int]) -> int:
-        return sum(of_slot[name] for name in config.slots if name not in set(graph.reads))
+    def used(graph: StepGraph) -> int:
+        return sum(owned.values()) - sum(owned[name] for name in graph.reads)
 
-    always = owned["fixed"] + owned["conditioning"]
     return Costs(
-        call_macs=tuple(rows * (over_computed(g, slot_macs) + fixed) for g in graphs),
+        call_macs=tuple(rows * config.call_macs(graph.reads) for graph in graphs),
         conditioning_macs=len(graphs) * rows * config.conditioning_macs(),
-        full_macs=rows * (sum(slot_macs.values()) + fixed),
+        full_macs=rows * config.call_macs(),
         weight_bytes=sum(owned.values()),
-        copied_weight_bytes=sum(over_computed(g, owned) + always for g in dict.fromkeys(graphs)),
+        copied_weight_bytes=sum(used(graph) for graph in dict.fromkeys(graphs)),
         slot_bytes=slot_bytes,
         buffer_bytes=buffers * slot_bytes,
     )

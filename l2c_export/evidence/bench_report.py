@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from l2c_export.evidence.plan_report import runs_of, size
+from l2c_export.core.plan_report import runs_of, size
 
 _LONG = ("graphs", "model")
 

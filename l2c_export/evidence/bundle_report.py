@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any
 
 from l2c_export.core.bundle import CONDITIONING, Bundle, Manifest, ProgramCall
-from l2c_export.evidence.plan_report import size
-from l2c_export.runtime.session import dtype_of
+from l2c_export.core.plan_report import size
+from l2c_export.evidence.program_costs import cache_bytes
 
 _DIGITS = 12  # of a digest, where people look
 _CALLS_SHOWN = 8  # of a graph, in its line
@@ -30,13 +29,6 @@ def bundle_json(bundle: Bundle, checked: bool) -> dict[str, Any]:
         "cache_bytes": cache_bytes(manifest, manifest.batch[1]),
         "graph_calls": graph_calls(manifest),
     }
-
-
-def cache_bytes(manifest: Manifest, batch: int) -> int:
-    """Bytes of the cache buffers of one session."""
-    slots = manifest.slots
-    row = math.prod(slots.shape) * dtype_of(slots.dtype).itemsize
-    return manifest.buffers * batch * manifest.rows * row
 
 
 def graph_calls(manifest: Manifest) -> dict[str, list[int]]:

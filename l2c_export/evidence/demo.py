@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.core.files import replacing
 from l2c_export.core.models import read_model_config
+from l2c_export.core.plan_report import plan_table
 from l2c_export.evidence.bench import bench
 from l2c_export.evidence.images import check_pillow, image_grid
-from l2c_export.evidence.plan_report import plan_table
-from l2c_export.evidence.request import ScheduleOptions, plan_from_options
 from l2c_export.evidence.verify import Settings, report_json, report_table, verify
 from l2c_export.runtime import Runner
 
@@ -130,6 +130,6 @@ def _verdict(measured: dict[str, Any], difference: float, picture: Path) -> str:
     return (
         f"{ratio['median']:.2f}x faster than uncached (p10 {ratio['p10']:.2f}, p90 {ratio['p90']:.2f}; "
         f"{speed['ideal']:.2f}x by MACs), batch {_BENCH_BATCH}\n"
-        f"caching moves a pixel by {100 * difference:.1f} % of the range from black to white, on average\n"
+        f"on average caching moves a pixel by {100 * difference:.1f} % of the way from black to white\n"
         f"look at {picture}"
     )

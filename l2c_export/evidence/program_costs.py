@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-
-import numpy as np
 
 from l2c_export.core.bundle import Manifest
 from l2c_export.core.models import config_from_json
+from l2c_export.runtime.session import dtype_of
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class ProgramCosts:
 def program_costs(manifest: Manifest) -> ProgramCosts:
     """What the manifest's program costs."""
     config = config_from_json(manifest.model, "model")
-    slots, rows = config.slot_macs(), manifest.rows
-    full = rows * (sum(slots.values()) + config.fixed_macs())
-    calls = tuple(full - rows * sum(slots[name] for name in call.reads) for call in manifest.calls)
-    return ProgramCosts(calls, full, len(calls) * rows * config.conditioning_macs())
+    rows = manifest.rows
+    calls = tuple(rows * config.call_macs(call.reads) for call in manifest.calls)
+    conditioning = len(calls) * rows * config.conditioning_macs()
+    return ProgramCosts(calls, rows * config.call_macs(), conditioning)
 
 
 def cache_bytes(manifest: Manifest, batch: int) -> int:
     """Of all cache buffers of a session."""
-    value = np.dtype(manifest.slots.dtype).itemsize
-    return manifest.buffers * batch * manifest.rows * int(np.prod(manifest.slots.shape)) * value
+    row = math.prod(manifest.slots.shape) * dtype_of(manifest.slots.dtype).itemsize
+    return manifest.buffers * batch * manifest.rows * row

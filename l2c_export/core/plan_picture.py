@@ -9,14 +9,14 @@ import numpy as np
 
 from l2c_export.core.files import replacing
 from l2c_export.core.plan import Plan
-from l2c_export.errors import UnsupportedError
-from l2c_export.evidence.plan_report import (
+from l2c_export.core.plan_report import (
     model_name,
     schedule_json,
     schedule_name,
     slot_states,
     slots_by_part,
 )
+from l2c_export.errors import UnsupportedError
 
 _STATES = ("compute", "compute and store", "reuse", "computed to share a graph")
 _COLOURS = ("#9db8cc", "#1f5a85", "#f6dfae", "#c2477f")
