@@ -20,7 +20,7 @@ class ScheduleOptions:
 
     Attributes:
         model: Name of a preset; None with ``model_config``.
-        model_config: JSON file with a model's configuration.
+        model_config: JSON file with a model's configuration, or a diffusers folder.
         router: Router file; None takes the released one of the preset.
         threshold: A sub-layer is computed where the router's score is above it.
         uncached: Compute everything, without a router.
@@ -46,6 +46,10 @@ class ScheduleOptions:
     def config(self) -> DiTConfig:
         """The model's configuration."""
         if self.model_config is not None:
+            if self.model_config.is_dir():
+                from l2c_export.build.checkpoint import config_from_diffusers
+
+                return config_from_diffusers(self.model_config)
             return read_model_config(self.model_config)
         if self.model is None:
             raise L2CError("name a model with --model NAME or --model-config FILE")

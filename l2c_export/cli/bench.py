@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from l2c_export.cli.options import FILE, show_progress, write_report
+from l2c_export.cli.profile_option import profile_option
 from l2c_export.evidence.bench import PEERS, bench
 from l2c_export.evidence.bench_report import bench_table
 
@@ -18,6 +19,7 @@ from l2c_export.evidence.bench_report import bench_table
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Latents in one call."
 )
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@profile_option("backend", "threads")
 @click.option("--threads", type=click.IntRange(1), help="For bundle and peer; without it, all cores.")
 @click.option("--backend", default="ort", show_default=True)
 @click.option("--peer", type=click.Choice(PEERS), help="Also run eager PyTorch with the same schedule.")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "--guidance-scale", type=float, default=4.0, show_default=True, help="The bundle's default scale."
 )
-@profile_option
+@profile_option("backend", "batch", "max_graphs")
 @click.option("-o", "--output", type=FILE, help="The bundle's folder.  [default: MODEL-SAMPLER-STEPS]")
 @click.option("--backend", type=click.Choice(["ort"]), default="ort", show_default=True)
 @click.option("--dry-run", is_flag=True, help="Show the plan and build nothing.")

@@ -48,7 +48,9 @@ def parse_labels(
 
 _SCHEDULE_OPTIONS = (
     click.option("--model", metavar="NAME", help="A known model: dit-xl-2, dit-b-4-512 …"),
-    click.option("--model-config", type=FILE, help="A JSON file with a model's configuration."),
+    click.option(
+        "--model-config", type=FILE, help="A model's configuration: a JSON file, or a diffusers folder."
+    ),
     click.option("--router", type=FILE, help="Router file; without it, the model's released one."),
     click.option(
         "--threshold",
@@ -89,6 +91,11 @@ def schedule_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def packed(**values: Any) -> Any:
         given = {field.name: values.pop(field.name) for field in fields(ScheduleOptions)}
+        checkpoint = values.get("checkpoint")
+        if given["model"] is None and given["model_config"] is None and checkpoint is not None:
+            given["model_config"] = (
+                checkpoint if checkpoint.is_dir() else None
+            )  # diffusers: has its own
         options = ScheduleOptions(**given)
         _check_usage(options)
         return command(options=options, **values)

@@ -9,12 +9,14 @@ import click
 
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.cli.options import FILE, schedule_options
+from l2c_export.cli.profile_option import profile_option
 from l2c_export.core.plan_picture import draw_plan
 from l2c_export.core.plan_report import plan_json, plan_table
 
 
 @click.command()
 @schedule_options
+@profile_option("batch", "max_graphs")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--picture", type=FILE, help="Also draw calls x sub-layers into a PNG file.")
 def command(options: ScheduleOptions, as_json: bool, picture: Path | None) -> None:

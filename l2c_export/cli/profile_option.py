@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, TypeVar
+
 import click
 
 from l2c_export.core.profile import profile_names, read_profile
-from l2c_export.errors import L2CError
+from l2c_export.errors import L2CError, UnsupportedError
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-def _apply(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Make the profile's values the command's defaults; what the user types goes before them."""
-    if value is None:
-        return
-    try:
-        profile = read_profile(value)
-    except L2CError as error:
-        if error.exit_code != 1:
+def profile_option(*keys: str) -> Callable[[_Command], _Command]:
+    """Add ``--profile``: these of its values become defaults; what the user types goes before them."""
+
+    def apply(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        if value is None:
+            return
+        try:
+            profile = asdict(read_profile(value))
+        except UnsupportedError:
             raise
-        raise click.BadParameter(str(error), ctx, param) from None
-    values = {
-        "backend": profile.backend,
-        "batch": profile.batch,
-        "threads": profile.threads,
-        "max_graphs": profile.max_graphs,
-    }
-    ctx.default_map = {key: value for key, value in values.items() if value is not None}
+        except L2CError as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+        ctx.default_map = {key: profile[key] for key in keys if profile[key] is not None}
 
-
-profile_option = click.option(
-    "--profile",
-    metavar="NAME|FILE",
-    is_eager=True,
-    expose_value=False,
-    callback=_apply,
-    help=f"Defaults for a deployment target: {', '.join(profile_names())}, or a TOML file.",
-)
+    return click.option(
+        "--profile",
+        metavar="NAME|FILE",
+        is_eager=True,
+        expose_value=False,
+        callback=apply,
+        help=f"Defaults for a deployment target: {', '.join(profile_names())}, or a TOML file.",
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from l2c_export.cli.options import FILE, parse_labels, show_progress, write_report
+from l2c_export.cli.profile_option import profile_option
 from l2c_export.evidence.verify import Settings, report_json, report_table, verify
 from l2c_export.runtime import Runner
 
@@ -33,6 +34,7 @@ from l2c_export.runtime import Runner
     "--uncached/--no-uncached", default=True, help="Also compare without caching. Default: yes."
 )
 @click.option("--backend", default="ort", show_default=True)
+@profile_option("backend", "threads")
 @click.option("--threads", type=click.IntRange(1), help="For the bundle; without it, all cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--report", type=FILE, help="Where the report goes. Default: BUNDLE/reports/verify.json.")

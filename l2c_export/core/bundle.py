@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -296,16 +297,28 @@ def _check_program(manifest: Manifest, where: str) -> None:
     for name in (manifest.full, manifest.uncached, CONDITIONING, *manifest.step_graphs()):
         if name not in manifest.graphs:
             refuse(f"there is no graph {name!r}")
+    if len(manifest.batch) != 2 or not 1 <= manifest.batch[0] <= manifest.batch[1]:
+        refuse(f"batch {manifest.batch} is no range")
+    if not manifest.calls:
+        refuse("the program has no calls")
     held: dict[str, int] = {}
     for i, call in enumerate(manifest.calls):
         if set(call.update) != {"x", "output"}:
             refuse(f"call {i} updates with {sorted(call.update)}, this release knows x and output")
+        if not all(map(math.isfinite, (call.timestep, *call.update.values()))):
+            refuse(f"call {i} has a timestep or an update that is no finite number")
         if unknown := sorted((set(call.reads) | set(call.writes)) - set(manifest.slots.names)):
             refuse(f"call {i} names unknown slots {unknown}")
         if not all(0 <= b < manifest.buffers for b in (*call.reads.values(), *call.writes.values())):
             refuse(f"call {i} names a buffer that does not exist")
         if set(call.reads.values()) & set(call.writes.values()):
             refuse(f"call {i} reads and writes one buffer")
+        if len(set(call.writes.values())) != len(call.writes):
+            refuse(f"call {i} writes two slots into one buffer")
+        graph = manifest.graphs[call.graph]
+        for bound, values in ((call.reads, graph.inputs), (call.writes, graph.outputs)):
+            if set(bound) != {value.name for value in values} & set(manifest.slots.names):
+                refuse(f"call {i} binds {sorted(bound)}, which are not the slots of {call.graph}")
         for slot, buffer in call.reads.items():
             if held.get(slot) != buffer:
                 refuse(f"call {i} reads slot {slot} from buffer {buffer}, which does not hold it")
