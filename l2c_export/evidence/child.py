@@ -19,7 +19,7 @@ from typing import Any
 import l2c_export
 from l2c_export.core.bundle import read_bundle
 from l2c_export.errors import L2CError
-from l2c_export.evidence.machine import peak_resident, proportional_set_size
+from l2c_export.evidence.machine import anonymous_memory, proportional_set_size
 
 
 class Child:
@@ -90,7 +90,7 @@ def _memory(bundle: str, backend: str, batch: int, threads: int) -> None:
             "load_seconds": loaded,
             "imports_pss_bytes": before,
             "pss_bytes": proportional_set_size(),
-            "peak_rss_bytes": peak_resident(),
+            "anonymous_bytes": anonymous_memory(),
         }
     )
 

@@ -57,9 +57,9 @@ def proportional_set_size() -> int | None:
     return _kilobytes(Path("/proc/self/smaps_rollup"), "Pss:")
 
 
-def peak_resident() -> int | None:
-    """The largest resident set of this process so far, in bytes. Linux only."""
-    return _kilobytes(Path("/proc/self/status"), "VmHWM:")
+def anonymous_memory() -> int | None:
+    """The part of the PSS that no file stands behind: buffers, heaps, stacks. Linux only."""
+    return _kilobytes(Path("/proc/self/smaps_rollup"), "Pss_Anon:")
 
 
 def _kilobytes(path: Path, key: str) -> int | None:
