@@ -32,10 +32,10 @@ SCORES = [
 ]
 
 
-def write_files(folder: Path) -> tuple[Path, Path]:
-    """Write the model's configuration and its router; return their paths."""
+def write_files(folder: Path, model: DiTConfig = CONFIG) -> tuple[Path, Path]:
+    """Write a model's configuration and a router for two blocks; return their paths."""
     config, router = folder / "model.json", folder / "router.safetensors"
-    config.write_text(json.dumps(CONFIG.to_json()))
+    config.write_text(json.dumps(model.to_json()))
     scores = np.array(SCORES)
     logits = np.log(scores / (1 - scores)).astype(np.float32)
     made = Router(logits, np.arange(len(scores)) % 2 == 1, "ddim")
