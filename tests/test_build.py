@@ -258,37 +258,41 @@ def test_children_that_are_killed_at_every_operation_and_in_writes(tiny_bundle, 
 
 
 @pytest.mark.slow
-def test_the_command_killed_at_thirty_random_moments(tiny_bundle, tiny_files, tmp_path):
+def test_the_command_killed_at_random_moments(tiny_bundle, tiny_files, tmp_path):
+    """Killed builds of new folders, and of one folder that is to become another bundle each time."""
     rng = random.Random(20)
     start = time.monotonic()
-    undisturbed = tmp_path / "undisturbed"
-    subprocess.run(command_line(tiny_files, undisturbed), check=True, capture_output=True)
+    wanted = finish(tiny_files, tmp_path / "undisturbed")
     whole = time.monotonic() - start
-    wanted = tiny.contents(undisturbed)
     assert wanted == tiny.contents(tiny_bundle.path)  # another process, the same bytes
-    kills = found = 0
-    for turn in range(36):
-        folder = tmp_path / ("again" if turn % 2 else f"fresh-{turn}")
-        build = subprocess.Popen(command_line(tiny_files, folder), stderr=subprocess.PIPE, text=True)
-        with build:
+    kills, found, turn = 0, 0, -1
+    while kills < 24:
+        turn += 1
+        assert turn < 100
+        folder = tmp_path / ("again" if turn % 2 else "fresh")
+        options = ["--threshold", "0.5"] if turn % 4 == 1 else []
+        line = [*command_line(tiny_files, folder), *options]
+        with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as build:
             wait = rng.uniform(0, whole)
             if turn % 3 == 2:  # a third of them when the graphs are cut, which is fast
-                wait = rng.uniform(0, 1.5)
+                wait = rng.uniform(0, 1)
                 next((line for line in build.stderr if "export done" in line), None)
             try:
                 build.wait(wait)
             except subprocess.TimeoutExpired:
                 build.kill()
-                build.wait()
                 kills += 1
         if (folder / MANIFEST).exists():
             read_bundle(folder).check_files()
             found += 1
         if turn % 2 == 0:
-            subprocess.run(command_line(tiny_files, folder), check=True, capture_output=True)
-            assert tiny.contents(folder) == wanted
+            assert finish(tiny_files, folder) == wanted
             shutil.rmtree(folder)
-    subprocess.run(command_line(tiny_files, tmp_path / "again"), check=True, capture_output=True)
-    assert tiny.contents(tmp_path / "again") == wanted
-    sys.stdout.write(f"{kills} kills over {whole:.1f} s, {found} times with a manifest\n")
-    assert kills >= 20
+    assert finish(tiny_files, tmp_path / "again") == wanted
+    sys.stdout.write(f"{turn + 1} builds, {kills} killed, {found} folders with a manifest\n")
+
+
+def finish(files: Path, folder: Path) -> dict[str, bytes]:
+    """Run the command to its end; return what lies in the folder."""
+    subprocess.run(command_line(files, folder), check=True, capture_output=True)
+    return tiny.contents(folder)

@@ -64,14 +64,25 @@ def cli(verbose: int) -> None:
 def main() -> None:
     """Run the command line; Ctrl-C exits with 130."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="l2c-export", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         code = 130
     except click.ClickException as error:
-        error.show()
+        _show(error)
         code = error.exit_code
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show(error: click.ClickException) -> None:
+    """Say what is wrong in one line; a command line without a command gets the help."""
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        error.show()
+        return
+    text, ctx = error.format_message(), getattr(error, "ctx", None)
+    if ctx is not None:
+        text = f"{' '.join(text.split())}  (see: {ctx.command_path} -h)"
+    click.echo(f"Error: {text}", err=True)

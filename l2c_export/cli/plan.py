@@ -23,10 +23,11 @@ def command(options: ScheduleOptions, as_json: bool, picture: Path | None) -> No
     """Show what a schedule computes, shares and costs, before anything is built."""
     plan = plan_from_options(options)
     batch = options.batch[0]
+    if picture is not None:
+        draw_plan(plan, picture)
     if as_json:
         click.echo(json.dumps(plan_json(plan, batch), indent=1, ensure_ascii=False))
     else:
         click.echo(plan_table(plan, batch))
     if picture is not None:
-        draw_plan(plan, picture)
         click.echo(f"\npicture: {picture}", err=True)

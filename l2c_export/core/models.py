@@ -17,6 +17,8 @@ from l2c_export.errors import L2CError
 
 Shape = tuple[int, ...]
 
+_LARGEST_MLP = 1 << 20
+
 
 def slot(block: int, part: str) -> str:
     """Name of a cache slot, the same in graphs, manifests, buffers and reports; sorts in order."""
@@ -86,8 +88,15 @@ class DiTConfig:
             raise L2CError(
                 f"model input_size {self.input_size} is not divisible by patch_size {self.patch_size}"
             )
-        if self.hidden_size % 2:
-            raise L2CError(f"model hidden_size {self.hidden_size} is odd; it must be even")
+        if self.hidden_size % 4:
+            raise L2CError(
+                f"model hidden_size {self.hidden_size} is not divisible by 4 (the position table is)"
+            )
+        if not 1 <= self.mlp_size <= _LARGEST_MLP:
+            raise L2CError(
+                f"model mlp_ratio is {self.mlp_ratio!r}, which makes the MLP {self.mlp_size:.6g} wide; "
+                f"it must be 1 to {_LARGEST_MLP}"
+            )
 
     @property
     def tokens(self) -> int:

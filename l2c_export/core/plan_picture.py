@@ -16,7 +16,7 @@ from l2c_export.core.plan_report import (
     slot_states,
     slots_by_part,
 )
-from l2c_export.errors import UnsupportedError
+from l2c_export.errors import L2CError, UnsupportedError
 
 _STATES = ("compute", "compute and store", "reuse", "computed to share a graph")
 _COLOURS = ("#9db8cc", "#1f5a85", "#f6dfae", "#c2477f")
@@ -29,6 +29,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     """Write a PNG: the same bytes for the same plan and the same matplotlib.
 
     Raises:
+        L2CError: The file cannot be written.
         UnsupportedError: matplotlib is not installed.
     """
     try:
@@ -70,8 +71,11 @@ def draw_plan(plan: Plan, path: Path) -> None:
     _label_calls(axes[-1], plan, width - left - right)
     _title(figure, plan, left / width, height)
     _legend(figure, states, left / width, height)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+    except OSError as error:
+        raise L2CError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _bare(axis: Any) -> None:
