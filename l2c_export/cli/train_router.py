@@ -66,7 +66,8 @@ from l2c_export.train.recipe import LATENT_SCALE, Recipe
 def command(model: str | None, model_config: Path | None, as_json: bool, **values: Any) -> None:
     """Train a Learning-to-Cache router for a DiT and its DDIM sampler.
 
-    Runs under torchrun on several GPUs too. The training checkpoint is OUTPUT.training.
+    The training's own checkpoint is OUTPUT.training. On several GPUs: torchrun --nproc-per-node 8
+    --no-python l2c-export train-router …
     """
     config = _config(model, model_config)
     recipe = Recipe(**{field.name: values.pop(field.name) for field in fields(Recipe)})

@@ -63,7 +63,7 @@ def read_profile(name: str) -> Profile:
     except OSError:
         known = ", ".join(profile_names())
         raise L2CError(f"profile {name!r} is neither a file nor one of: {known}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise L2CError(f"profile {path} is not TOML: {error}") from None
     profile = _checked(data, path)
     if profile.precision != "float32":

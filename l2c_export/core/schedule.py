@@ -17,8 +17,8 @@ class Router:
     """A trained router in call order, whatever the order of the file it came from.
 
     Attributes:
-        logits: (calls, slots) float32; ``sigmoid(logit)`` is the weight of computing (METHODS: a
-            score above the threshold computes). Rows of calls that are not routed are ignored.
+        logits: (calls, slots) float32; ``sigmoid(logit)`` is the weight of computing: a
+            score above the threshold computes. Rows of calls that are not routed are ignored.
         routed: (calls,) bool; the calls that may reuse. The others compute everything.
         sampler: The sampler it was trained for (``ddim`` …).
         source: Where it came from, for the manifest: file name, SHA-256, format, training options.

@@ -1,4 +1,4 @@
-"""The eager PyTorch reference: cached sampling as METHODS.md 1 states it, one call after the other.
+"""The eager PyTorch reference: Learning-to-Cache sampling, one call after the other.
 
 It knows nothing of graphs, liveness or buffers: it keeps the last value of every sub-layer and takes
 what the schedule reuses from there. Bundles are verified against it, and it is the peer in ``bench``.

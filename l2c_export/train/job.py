@@ -82,7 +82,11 @@ class Result:
         return asdict(self) | {"output": str(self.output)}
 
 
-def train_router(job: Job, progress: Progress = lambda done, total, loss: None) -> Result | None:
+def _silent(done: int, total: int, loss: float) -> None:
+    """Show no progress."""
+
+
+def train_router(job: Job, progress: Progress = _silent) -> Result | None:
     """Train a router and write it.
 
     Returns:
@@ -107,7 +111,7 @@ def train_router(job: Job, progress: Progress = lambda done, total, loss: None) 
         if job.resume:
             trainer.restore(job.state)
         start = time.monotonic()
-        losses = train(trainer, job.state, job.checkpoint_every, progress)
+        losses = train(trainer, job.state, job.checkpoint_every, _silent if group.rank else progress)
         if group.rank:
             return None
         seconds, router = time.monotonic() - start, trainer.router()
