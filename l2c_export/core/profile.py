@@ -81,7 +81,8 @@ def _checked(data: dict[str, Any], path: Path) -> Profile:
         )
     for key, value in data.items():
         if type(value) is not kinds[key]:
-            raise L2CError(f"profile {path}: {key} is {value!r}; it must be a {kinds[key].__name__}")
+            kind = "a whole number" if kinds[key] is int else "text in quotes"
+            raise L2CError(f"profile {path}: {key} is {value!r}; it must be {kind}")
     if "description" not in data:
         raise L2CError(f"profile {path} lacks a description")
     return Profile(**data)
