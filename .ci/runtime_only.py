@@ -1,4 +1,4 @@
-"""Run a bundle where only numpy and onnxruntime are installed, and compare with the full installation."""
+"""Run a bundle with numpy and onnxruntime alone, and compare with the full installation."""
 
 import importlib.util
 import sys
@@ -8,7 +8,11 @@ import numpy as np
 from l2c_export.runtime import Runner
 
 bundle, expected = sys.argv[1:]
-present = [name for name in ("torch", "onnx", "onnx_ir", "click", "safetensors") if importlib.util.find_spec(name)]
+present = [
+    name
+    for name in ("torch", "onnx", "onnx_ir", "click", "safetensors")
+    if importlib.util.find_spec(name)
+]
 assert not present, f"this environment has more than the runtime needs: {present}"
 latents = Runner.load(bundle).sample([0, 1, 2, 3], seed=7)
 error = np.abs(latents - np.load(expected)).max()

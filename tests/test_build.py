@@ -18,7 +18,7 @@ import tiny
 
 from l2c_export.build.build import JOURNAL, build_bundle
 from l2c_export.core.bundle import MANIFEST, WEIGHTS, read_bundle
-from l2c_export.errors import L2CError
+from l2c_export.errors import L2CError, UnsupportedError
 
 CLI = [sys.executable, "-c", "from l2c_export.cli import main; main()"]
 
@@ -137,6 +137,23 @@ def test_a_damaged_manifest_costs_its_rebuild_but_never_a_wrong_bundle(
 
 
 # -- folders that are not ours ------------------------------------------------------------------
+
+
+def test_a_bundle_of_a_later_release_is_refused_and_stays(exported, copy, tiny_plan):
+    later = (copy / MANIFEST).read_bytes().replace(b'"version": 1', b'"version": 2', 1)
+    (copy / MANIFEST).write_bytes(later)
+    with pytest.raises(UnsupportedError, match="manifest version 2"):
+        build_bundle(copy, tiny.request(tiny_plan))
+    assert (copy / MANIFEST).read_bytes() == later
+
+
+def test_a_verdict_on_another_bundle_does_not_stay(exported, copy, tiny_plan):
+    verdict = copy / "reports" / "verify.json"
+    verdict.write_text("{}")
+    build_bundle(copy, tiny.request(tiny_plan))
+    assert verdict.exists()
+    build_bundle(copy, tiny.request(tiny_plan, seed=99))
+    assert not verdict.exists()
 
 
 def test_a_folder_with_other_files_is_refused_and_stays(tiny_plan, tmp_path):

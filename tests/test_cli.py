@@ -454,7 +454,7 @@ def test_what_is_no_bundle_is_said_by_every_command(command, world, tiny_bundle,
     (world / "bundle" / MANIFEST).write_bytes(whole.replace(b"ddim", b"dpmm", 1))
     assert_refused(command(name, "bundle"), 1, "l2c.json does not match its own digest")
     (world / "bundle" / MANIFEST).write_bytes(whole.replace(b'"version": 1', b'"version": 9', 1))
-    assert_refused(command(name, "bundle"), 1, "manifest version 9, this release reads 1")
+    assert_refused(command(name, "bundle"), 4, "manifest version 9, this release reads 1")
     (world / "bundle" / MANIFEST).write_bytes(whole[:-9])
     assert_refused(command(name, "bundle"), 1, "l2c.json is damaged")
     (world / "bundle" / MANIFEST).write_bytes(whole)

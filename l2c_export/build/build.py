@@ -44,7 +44,7 @@ from l2c_export.core.bundle import (
 from l2c_export.core.files import key_of, remove_partial, replacing, sha256, write_json
 from l2c_export.core.plan import Plan, StepGraph
 from l2c_export.core.plan_report import plan_json
-from l2c_export.errors import L2CError
+from l2c_export.errors import L2CError, UnsupportedError
 
 JOURNAL = ".l2c-journal.json"
 _LOCK = ".l2c-lock"
@@ -146,9 +146,8 @@ class _Build:
     def run(self) -> Bundle:
         """Make what is missing or stale, then the manifest, then remove what it does not name."""
         self.kept = self._found()
-        if not self._up_to_date():
-            self._journal()
-            (self.output / MANIFEST).unlink(missing_ok=True)
+        if not (self.output / MANIFEST).exists():
+            self._journal()  # from here on the folder is known to be ours
         self._make(WEIGHTS, self._weights_key, self._write_weights)
         self._make("full.onnx", self._full_key, lambda path: self._save(self._full, path))
         graphs = {"full": self._interface("full.onnx")}
@@ -163,6 +162,8 @@ class _Build:
         self._make("reports/schedule.png", key_of(report, "picture"), self._draw)
         manifest = self._manifest(graphs)
         if not self._is(manifest):
+            for verdict in ("verify", "bench"):  # on another bundle
+                (self.output / "reports" / f"{verdict}.json").unlink(missing_ok=True)
             write_manifest(self.output, manifest)
         self._sweep()
         return read_bundle(self.output)
@@ -220,19 +221,23 @@ class _Build:
     # -- keys, journal, manifest ----------------------------------------------------------------
 
     def _found(self) -> dict[str, File]:
-        """What an earlier build recorded here, finished or not."""
+        """What an earlier build recorded here, finished or not.
+
+        Raises:
+            UnsupportedError: A later release made the bundle that is here.
+        """
         remove_partial(self.output)
         found: dict[str, File] = {}
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
             entries = json.loads((self.output / JOURNAL).read_text(encoding="utf-8"))
             found |= {n: File(**entry) for n, entry in entries.items() if not leaves_folder(n)}
-        with contextlib.suppress(L2CError):
+        try:
             found |= read_bundle(self.output).manifest.files
+        except UnsupportedError:
+            raise
+        except L2CError:
+            pass  # none, or a damaged one: this build makes it
         return found
-
-    def _up_to_date(self) -> bool:
-        """Whether the manifest here may stay while files are checked: no weight or graph changes."""
-        return self._holds(WEIGHTS, self._weights_key) and self._holds("full.onnx", self._full_key)
 
     def _holds(self, name: str, key: str) -> bool:
         entry, path = self.kept.get(name), self.output / name

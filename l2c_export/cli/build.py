@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     "--checkpoint", type=FILE, help="A .pt, .safetensors or diffusers folder; default: official."
 )
 @click.option("--random-weights", type=click.IntRange(0), metavar="SEED", help="Weights from a seed.")
-@click.option(
-    "--guidance-scale", type=float, default=4.0, show_default=True, help="The bundle's default scale."
-)
+@click.option("--guidance-scale", type=float, help="The scale where a run names none.  [default: 4.0]")
 @profile_option("backend", "batch", "max_graphs")
 @click.option("-o", "--output", type=FILE, help="The bundle's folder.  [default: MODEL-SAMPLER-STEPS]")
 @click.option("--backend", type=click.Choice(["ort"]), default="ort", show_default=True)
@@ -42,7 +40,7 @@ def command(
     options: ScheduleOptions,
     checkpoint: Path | None,
     random_weights: int | None,
-    guidance_scale: float,
+    guidance_scale: float | None,
     output: Path | None,
     backend: str,
     dry_run: bool,
@@ -51,6 +49,8 @@ def command(
     """Build a bundle: plan, export once, split, cut one graph for each distinct call."""
     if checkpoint is not None and random_weights is not None:
         raise click.UsageError("--checkpoint and --random-weights: give one of them")
+    if guidance_scale is not None and not options.guidance:
+        raise click.UsageError("--no-guidance leaves no use for --guidance-scale")
     plan = plan_from_options(options)
     if dry_run:
         batch = options.batch[0]
@@ -67,7 +67,8 @@ def command(
             "warning: random weights: for plans and benchmarks, not for pictures", fg="yellow", err=True
         )
     plan = replace(plan, config=weights.config)  # a diffusers folder has constants of its own
-    request = Request(plan, weights, options.sampler, options.batch, guidance_scale, options.model)
+    scale = 4.0 if guidance_scale is None else guidance_scale  # the official sample.py's
+    request = Request(plan, weights, options.sampler, options.batch, scale, options.model)
     with _progress(shown=not as_json) as progress:
         bundle = build_bundle(folder, request, progress)
     facts = _facts(bundle, time.monotonic() - start)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from l2c_export.core.files import replacing, sha256
-from l2c_export.errors import L2CError
+from l2c_export.errors import L2CError, UnsupportedError
 
 MANIFEST = "l2c.json"
 WEIGHTS = "weights.safetensors"
@@ -216,7 +216,8 @@ def read_bundle(path: Path) -> Bundle:
     """Read and check a bundle's manifest; the other files are checked by :meth:`Bundle.check_files`.
 
     Raises:
-        L2CError: There is no bundle, its version is unknown, or the manifest was damaged or edited.
+        L2CError: There is no bundle, or the manifest was damaged or edited.
+        UnsupportedError: Its version is not this release's.
     """
     path = Path(path)
     manifest = path / MANIFEST
@@ -234,7 +235,7 @@ def read_bundle(path: Path) -> Bundle:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise L2CError(f"{manifest} is not an l2c-export manifest (format {FORMAT!r})")
     if data.get("version") != VERSION:
-        raise L2CError(
+        raise UnsupportedError(
             f"{manifest}: manifest version {data.get('version')!r}, this release reads {VERSION}; "
             "build the bundle again or install a matching l2c-export"
         )
