@@ -255,10 +255,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--scale", type=float, default=2.0, help="guidance scale of the sample grids")
+    parser.add_argument("--scale", type=float, default=3.0, help="guidance scale of grids and demo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--threshold", type=float, default=0.1, help="of the router in demo.json")
+    parser.add_argument("--threshold", type=float, default=0.2, help="of the router in demo.json")
     parser.add_argument(
         "--router-only", action="store_true", help="keep the model in the output folder"
     )
