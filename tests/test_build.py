@@ -247,7 +247,13 @@ def test_ctrl_c_exits_130_and_keeps_what_was_made(
     exported, tiny_files, tiny_plan, tiny_bundle, tmp_path
 ):
     output = tmp_path / "bundle"
-    with subprocess.Popen(command_line(tiny_files, output), stderr=subprocess.PIPE, text=True) as build:
+    with subprocess.Popen(
+        command_line(tiny_files, output),
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts background jobs, and so perhaps this test, with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as build:
         lines = []
         for line in build.stderr:
             lines.append(line)
