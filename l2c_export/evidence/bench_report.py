@@ -67,7 +67,7 @@ def _speed_lines(data: dict[str, Any]) -> list[str]:
     if p:
         lines.append(
             f"peer        {_spread(p['seconds'], '.3f')} s for {p['name']}, same schedule;\n"
-            f"            the bundle is {_spread(p['ratio'], '.2f')}x faster"
+            f"            the bundle runs at {_spread(p['ratio'], '.2f')}x its speed"
         )
     return lines
 
