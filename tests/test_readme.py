@@ -12,6 +12,10 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_map_of_the_code_names_every_module():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "l2c_export").rglob("*.py"):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,6 +21,7 @@ from typing import Any, Protocol
 import filelock
 import onnx
 import onnx_ir as ir
+import onnxscript
 import torch
 from torch import Tensor
 
@@ -45,6 +48,8 @@ from l2c_export.core.files import key_of, remove_partial, replacing, sha256, wri
 from l2c_export.core.plan import Plan, StepGraph
 from l2c_export.core.plan_report import plan_json
 from l2c_export.errors import L2CError, UnsupportedError
+
+_log = logging.getLogger(__name__)
 
 JOURNAL = ".l2c-journal.json"
 _LOCK = ".l2c-lock"
@@ -128,7 +133,10 @@ def _own(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        raise L2CError(f"cannot write to {output}: {error.strerror or error}") from None
+        other = Path(error.filename or output)
+        ours = other == output or output in other.parents or other in output.parents
+        what = f"cannot write to {output}" if ours else f"cannot use {other}"
+        raise L2CError(f"{what}: {error.strerror or error}") from None
 
 
 class _Build:
@@ -176,7 +184,8 @@ class _Build:
 
     @cached_property
     def _full_key(self) -> str:
-        versions = (__version__, torch.__version__, onnx.__version__, OPSET)
+        makers = (torch, onnx, onnxscript, ir)
+        versions = (__version__, OPSET, *(maker.__version__ for maker in makers))
         request = (self.plan.config.to_json(), self.plan.guidance, self.request.batch)
         return key_of("full", versions, request)
 
@@ -211,7 +220,7 @@ class _Build:
             onnx.checker.check_model(str(temporary))
 
     def _draw(self, path: Path) -> None:
-        from l2c_export.core.plan_picture import draw_plan
+        from l2c_export.build.plan_picture import draw_plan
 
         draw_plan(self.plan, path)
 
@@ -249,13 +258,16 @@ class _Build:
         path = self.output / name
         if self._holds(name, key):
             self.files[name] = self.kept[name]
+            _log.info("kept %s", name)
             return
+        start = time.monotonic()
         if (self.output / MANIFEST).exists():
             self._journal()
             (self.output / MANIFEST).unlink()
         make(path)
         self.files[name] = File(path.stat().st_size, sha256(path), key)
         self._journal()
+        _log.info("made %s: %d bytes, %.2f s", name, self.files[name].bytes, time.monotonic() - start)
 
     def _journal(self) -> None:
         entries = {name: asdict(entry) for name, entry in (self.kept | self.files).items()}

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from l2c_export.build.dit import position_embedding
-from l2c_export.build.safe_load import check_file, file_digest, load_pickle
+from l2c_export.build.safe_load import check_file, load_pickle
+from l2c_export.core.files import sha256
 from l2c_export.core.models import PRESETS, DiTConfig, Shape
 from l2c_export.errors import L2CError
 
@@ -113,7 +114,7 @@ def open_checkpoint(path: Path, config: DiTConfig) -> Checkpoint:
         "format": "safetensors" if safe else "official-pt",
         "file": path.name,
     }
-    source |= {"sha256": file_digest(path)} | ({"part": part} if part else {})
+    source |= {"sha256": sha256(path)} | ({"part": part} if part else {})
     return Checkpoint(config, _in_order(stored, config), source)
 
 
@@ -281,7 +282,7 @@ def _open_diffusers(path: Path, config: DiTConfig) -> Checkpoint:
     _check_fit(folder, stored, _diffusers_shapes(config), preset_hint=False)
     _check_table(folder, table, config)
     _check_embedders(folder, stored, config)
-    digests = {file.name: file_digest(file) for file in files}
+    digests = {file.name: sha256(file) for file in files}
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     source: dict[str, Any] = {"kind": "checkpoint", "format": "diffusers"}
     source |= {

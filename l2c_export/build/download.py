@@ -20,7 +20,7 @@ from typing import IO, Any, Protocol
 
 import click
 
-from l2c_export.build.safe_load import file_digest
+from l2c_export.core.files import sha256
 from l2c_export.errors import L2CError
 
 _TIMEOUT = 30.0  # seconds without a byte
@@ -174,7 +174,7 @@ def _checked(path: Path, file: RemoteFile) -> Path:
     size = path.stat().st_size
     if not file.size[0] <= size <= file.size[1]:
         raise L2CError(f"{path} has {size} bytes, which {file.name} never has; delete it and run again")
-    if file.sha256 and (found := file_digest(path)) != file.sha256:
+    if file.sha256 and (found := sha256(path)) != file.sha256:
         raise L2CError(
             f"{path} is not the released file: its SHA-256 is {found}, not {file.sha256}; "
             "delete it and run again"

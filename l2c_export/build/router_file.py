@@ -146,12 +146,12 @@ def _read_safe(path: Path, data: bytes, family: str, source: dict[str, Any]) -> 
     if routed.dtype not in (np.uint8, np.bool_) or (routed > 1).any():
         raise L2CError(f"router {path}: 'routed' must hold 0 and 1 as uint8 or bool")
     source |= {"format": FORMAT, "training": metadata["training"]}
-    router = Router(logits, routed.astype(bool), metadata["sampler"], source)
+    slots = tuple(metadata["slots"])
+    router = Router(logits, routed.astype(bool), metadata["sampler"], source, slots)
     _check(router, f"router {path}")
-    if len(metadata["slots"]) != logits.shape[1]:
+    if len(slots) != logits.shape[1]:
         raise L2CError(
-            f"router {path} names {len(metadata['slots'])} slots, but a call has "
-            f"{logits.shape[1]} scores"
+            f"router {path} names {len(slots)} slots, but a call has {logits.shape[1]} scores"
         )
     return router
 
@@ -196,7 +196,8 @@ def _read_released(path: Path, data: bytes, family: str, source: dict[str, Any])
         raise L2CError(f"{path} is not a router: it holds a {type(content).__name__}, not a state dict")
     if isinstance(options, argparse.Namespace):
         options = vars(options)
-    training = _plain(options if isinstance(options, Mapping) else {})
+    options = options if isinstance(options, Mapping) else {}
+    training = _plain({key: value for key, value in options.items() if key in _RECIPE})
     model = training.get("model")
     if family != "dit" and isinstance(model, str) and model.startswith("DiT"):
         raise L2CError(f"router {path} was trained for {model!r}, which is no {family!r} model")
@@ -259,6 +260,13 @@ def _uvit_order(path: Path, calls: int) -> Order:
         )
     call = np.arange(calls)
     return (call % 2 == 0) & (call > 0), call // 2
+
+
+_RECIPE = {
+    *("model", "image_size", "num_classes", "num_sampling_steps", "l1", "lr", "epochs", "max_steps"),
+    *("global_batch_size", "global_seed", "ste_threshold"),
+}
+"""What a released router's options say of the training; the others are paths of its machine."""
 
 
 def _plain(options: Mapping[Any, Any]) -> dict[str, Any]:

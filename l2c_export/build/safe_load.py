@@ -1,4 +1,4 @@
-"""Read files that strangers made: PyTorch pickles without running their code, digests, sizes.
+"""Read files that strangers made: PyTorch pickles without running their code.
 
 A pickle is a program. ``weights_only`` runs it on an interpreter that knows tensors and plain
 containers; the released files need one more class, ``argparse.Namespace``, and get exactly that.
@@ -7,7 +7,6 @@ containers; the released files need one more class, ``argparse.Namespace``, and 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import pickle
 import re
@@ -15,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from l2c_export.errors import L2CError
+from l2c_export.errors import L2CError, UnsupportedError
 
 _MAGIC = (b"PK\x03\x04", b"\x80")  # a zip archive, or the bare pickle of old releases
 
@@ -34,15 +33,6 @@ def check_file(path: Path, what: str) -> int:
     return size
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex, read in pieces of 4 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def load_pickle(path: Path, data: bytes | None = None) -> Any:
     """Unpickle a PyTorch file onto the CPU without running code from it.
 
@@ -51,12 +41,13 @@ def load_pickle(path: Path, data: bytes | None = None) -> Any:
         data: The file's content, if it is in memory already.
 
     Raises:
-        L2CError: PyTorch is missing, the file asks for code, or it is damaged.
+        L2CError: The file asks for code, or it is damaged.
+        UnsupportedError: PyTorch is missing.
     """
     try:
         import torch
     except ModuleNotFoundError:
-        raise L2CError(
+        raise UnsupportedError(
             f"reading {path} needs PyTorch; install it with: pip install 'l2c-export[build]'"
         ) from None
     with path.open("rb") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ def write_weights(
     layout: WeightsLayout,
     tensors: Iterable[tuple[str, Tensor]],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[int, str]:
+) -> None:
     """Write the weights file, one tensor in memory at a time.
 
     Args:
@@ -75,19 +74,14 @@ def write_weights(
         layout: Its layout.
         tensors: Name and contiguous float32 tensor, in the layout's order.
         progress: Called with bytes written and bytes in all.
-
-    Returns:
-        Its size in bytes and its SHA-256.
     """
-    digest, written = hashlib.sha256(), 0
+    written = 0
     total = len(layout.header) + max((end for _, end in layout.spans.values()), default=0)
     with replacing(path) as temporary, temporary.open("wb") as file:
         for chunk in _chunks(layout, tensors):
             file.write(chunk)
-            digest.update(chunk)
             written += len(chunk)
             progress(written, total)
-    return written, digest.hexdigest()
 
 
 def _chunks(layout: WeightsLayout, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[memoryview]:

@@ -10,7 +10,7 @@ import sys
 import click
 
 from l2c_export import __version__
-from l2c_export.errors import L2CError
+from l2c_export.errors import L2CError, UnsupportedError
 
 COMMANDS = {
     "plan": "l2c_export.cli.plan",
@@ -43,6 +43,8 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(COMMANDS[cmd_name]).command
+        if not any(param.name == "verbose" for param in command.params):
+            command = _verbose(command)
         return command
 
     def invoke(self, ctx: click.Context) -> object:
@@ -50,15 +52,45 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except L2CError as error:
             raise _Shown(error) from error
+        except ModuleNotFoundError as error:
+            if (error.name or "l2c_export").startswith("l2c_export"):
+                raise
+            need = f"this needs {error.name}; install it with: pip install 'l2c-export[all]'"
+            raise _Shown(UnsupportedError(need)) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            what = error.filename or "a file"
+            raise _Shown(L2CError(f"cannot use {what}: {error.strerror or error}")) from error
+
+
+def _set_level(ctx: click.Context, param: click.Parameter, count: int) -> None:
+    """Show what our own modules log; other libraries keep their peace."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(count, 2)]
+    logger = logging.getLogger("l2c_export")
+    if count or not logger.handlers:
+        logger.setLevel(level)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger.addHandler(handler)
+
+
+_verbose = click.option(
+    "-v",
+    "--verbose",
+    count=True,
+    expose_value=False,
+    callback=_set_level,
+    help="Say more; twice for everything.",
+)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="l2c-export")
-@click.option("-v", "--verbose", count=True, help="Say more; twice for everything.")
-def cli(verbose: int) -> None:
+@_verbose
+def cli() -> None:
     """Compile a learned caching schedule of a diffusion transformer into deployable graphs."""
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def command(
         raise click.UsageError("--no-guidance leaves no use for --guidance-scale")
     plan = plan_from_options(options)
     if dry_run:
-        batch = options.batch[0]
+        batch = options.batch[1]
         click.echo(json.dumps(plan_json(plan, batch)) if as_json else plan_table(plan, batch))
         return
     start = time.monotonic()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
+from l2c_export.build.plan_picture import draw_plan
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.cli.options import FILE, schedule_options
 from l2c_export.cli.profile_option import profile_option
-from l2c_export.core.plan_picture import draw_plan
 from l2c_export.core.plan_report import plan_json, plan_table
 
 
@@ -22,7 +22,7 @@ from l2c_export.core.plan_report import plan_json, plan_table
 def command(options: ScheduleOptions, as_json: bool, picture: Path | None) -> None:
     """Show what a schedule computes, shares and costs, before anything is built."""
     plan = plan_from_options(options)
-    batch = options.batch[0]
+    batch = options.batch[1]
     if picture is not None:
         draw_plan(plan, picture)
     if as_json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,11 @@ class DiTConfig:
         if self.input_size % self.patch_size:
             raise L2CError(
                 f"model input_size {self.input_size} is not divisible by patch_size {self.patch_size}"
+            )
+        if self.guidance_channels > self.in_channels:
+            raise L2CError(
+                f"model guidance_channels {self.guidance_channels} is more than its in_channels, "
+                f"{self.in_channels}"
             )
         if self.hidden_size % 4:
             raise L2CError(
@@ -223,16 +228,21 @@ def config_from_json(data: object, where: str) -> DiTConfig:
     known = [field.name for field in fields(DiTConfig)]
     if "family" not in data:
         raise L2CError(f"{where}: the model configuration has no 'family'; this release has: dit")
+    if data["family"] != "dit":
+        raise L2CError(
+            f"{where}: model family {data['family']!r} is not supported; this release has: dit"
+        )
     if unknown := sorted(set(data) - set(known)):
         raise L2CError(f"{where}: unknown model key(s) {', '.join(unknown)}; known: {', '.join(known)}")
+    channels = data.get("in_channels", DiTConfig.in_channels)
+    default = {"guidance_channels": min(3, channels) if isinstance(channels, int) else 3}
     try:
-        config = DiTConfig(**data)
+        return DiTConfig(**default | dict(data))
     except TypeError as error:
         missing = str(error).partition("argument")[2].lstrip("s:") or str(error)
         raise L2CError(f"{where}: the model configuration lacks {missing.strip()}") from None
     except L2CError as error:
         raise L2CError(f"{where}: {error}") from None
-    return replace(config, guidance_channels=min(config.guidance_channels, config.in_channels))
 
 
 def read_model_config(path: Path) -> DiTConfig:

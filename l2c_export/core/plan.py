@@ -267,22 +267,34 @@ def _merge(
     group = _groups(zip(masks, writes, strict=True))
     start = cost(masks, writes)
     while count := int(group.max()):
-        first = [int(np.argmax(group == g)) for g in range(count + 1)]
-        trials = []
-        for a, b in itertools.combinations(range(count + 1), 2):
-            more_writes_only = bool((masks[first[a]] == masks[first[b]]).all())
-            if more_writes_only or (budget is not None and count >= budget):
-                trial = _apply(reuse, np.where(group == b, a, group))
-                trials.append((cost(*trial), not more_writes_only, trial))
-        if not trials:
-            break
-        total, computes_more, trial = min(trials, key=lambda entry: entry[:2])
         over_budget = budget is not None and count >= budget
-        if not over_budget and (computes_more or total > start * (1 + _FREE)):
+        computing, writing = _added(masks, writes, group, macs)
+        allowed = np.triu(np.ones_like(computing, bool) if over_budget else computing == 0, k=1)
+        if not allowed.any():
+            break
+        price = np.where(allowed, computing + writing * write_macs, np.inf)
+        a, b = np.unravel_index(int(price.argmin()), price.shape)
+        trial = _apply(reuse, np.where(group == b, a, group))
+        if not over_budget and cost(*trial) > start * (1 + _FREE):
             break
         masks, writes = trial
         group = _groups(zip(masks, writes, strict=True))
     return masks, writes
+
+
+def _added(
+    masks: NDArray[np.bool_],
+    writes: NDArray[np.bool_],
+    group: NDArray[np.int64],
+    macs: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(groups, groups) what merging two groups adds: MACs computed, and slots written."""
+    first = [int(np.argmax(group == g)) for g in range(int(group.max()) + 1)]
+    reads, out = masks[first].astype(np.float64), writes[first].astype(np.float64)
+    calls = np.bincount(group)[:, None]
+    lost = calls * ((reads * macs) @ (1 - reads).T)  # what a group can no longer reuse
+    gained = calls * ((1 - out) @ out.T)  # what it must write for the other
+    return lost + lost.T, gained + gained.T
 
 
 def _apply(

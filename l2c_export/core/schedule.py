@@ -22,12 +22,14 @@ class Router:
         routed: (calls,) bool; the calls that may reuse. The others compute everything.
         sampler: The sampler it was trained for (``ddim`` …).
         source: Where it came from, for the manifest: file name, SHA-256, format, training options.
+        slots: The slots it was trained for, where its file names them.
     """
 
     logits: NDArray[np.float32]
     routed: NDArray[np.bool_]
     sampler: str
     source: dict[str, Any] = field(default_factory=dict)
+    slots: tuple[str, ...] | None = None
 
     @property
     def calls(self) -> int:
@@ -105,6 +107,9 @@ def threshold_router(
             f"{name} has {router.logits.shape[1]} scores a call, the model has {len(slots)} "
             "sub-layers; they are not for each other"
         )
+    if router.slots is not None and router.slots != tuple(slots):
+        other = next(name for name, ours in zip(router.slots, slots, strict=True) if name != ours)
+        raise L2CError(f"{name} was trained for other sub-layers: it has {other!r}; they do not match")
     logits = router.logits[router.routed]
     if not np.isfinite(logits).all():
         raise L2CError(f"{name} has scores that are not finite in calls that it routes")
