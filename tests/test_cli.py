@@ -56,6 +56,25 @@ def world(tiny_files, tmp_path, monkeypatch) -> Path:
 
 # -- what works ---------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("arguments", [["-v", "build"], ["build", "-v"]])
+def test_v_before_or_after_the_command_tells_what_is_made(arguments, world, command):
+    code, _, err = command(*arguments, *BUILD, "-o", "out")
+    assert code == 0
+    assert "l2c_export.build.build: made weights.safetensors: " in err
+
+
+def test_a_missing_package_is_one_line_with_the_way_out(world, command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    for name in [name for name in sys.modules if name.startswith("l2c_export.build.")]:
+        monkeypatch.delitem(sys.modules, name)
+    code, _, err = command("build", *BUILD, "-o", "out")
+    assert code == 4
+    assert err.splitlines()[-1] == (
+        "Error: this needs onnx_ir; install it with: pip install 'l2c-export[all]'"
+    )
+
+
 MODEL = ["--model-config", "model.json"]
 PLAN = [*MODEL, "--router", "router.safetensors"]
 BUILD = [*PLAN, "--random-weights", "3"]
@@ -338,6 +357,9 @@ CONFIGS = {
     "list": Bad(CONFIG, "must be a JSON object", make=text("bad.json", "[1]")),
     "unknown key": Bad(CONFIG, r"bad.json: unknown model key\(s\) colour", make=model(colour=1)),
     "missing key": Bad(CONFIG, "bad.json: the model configuration lacks.*depth", make=model(depth=...)),
+    "too many guided channels": Bad(
+        CONFIG, "bad.json: model guidance_channels 9 is more than", make=model(guidance_channels=9)
+    ),
     "no family": Bad(
         CONFIG, "bad.json: the model configuration has no 'family'", make=model(family=...)
     ),

@@ -105,7 +105,7 @@ def test_the_source_names_the_file_its_digest_and_plain_training_options(tmp_pat
     assert source == {
         "file": "r.pt",
         "format": "l2c-released-dit",
-        "training": {"model": "DiT-XL/2", "l1": 5e-6, "wandb": True, "ckpt": None, "epochs": 1},
+        "training": {"model": "DiT-XL/2", "l1": 5e-6, "epochs": 1},
     }
     assert read_router(save(tmp_path / "u.pth", rows()), "uvit").source["training"] == {}
 

@@ -205,3 +205,9 @@ def test_ddim_runs_from_the_noisiest_call_to_t_0() -> None:
 
 def test_slots_come_in_execution_order() -> None:
     assert DiTConfig(2, 8, 2, 2, 8).slots == ("00.attn", "00.mlp", "01.attn", "01.mlp")
+
+
+def test_a_router_of_other_sub_layers_is_refused_though_their_number_fits() -> None:
+    other = replace(router([[9.0, 9.0]] * 2, [0, 1]), slots=("00.attn", "00.cross"))
+    with pytest.raises(L2CError, match=r"r\.pt was trained for other sub-layers: it has '00\.cross'"):
+        threshold_router(other, SLOTS, "ddim", 2, 0.1)

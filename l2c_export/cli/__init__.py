@@ -64,16 +64,20 @@ class _Commands(click.Group):
             raise _Shown(L2CError(f"cannot use {what}: {error.strerror or error}")) from error
 
 
+class _Echo(logging.Handler):
+    """Log records as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{record.name}: {record.getMessage()}", err=True)
+
+
 def _set_level(ctx: click.Context, param: click.Parameter, count: int) -> None:
     """Show what our own modules log; other libraries keep their peace."""
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(count, 2)]
     logger = logging.getLogger("l2c_export")
-    if count or not logger.handlers:
-        logger.setLevel(level)
+    if count or ctx.parent is None:
+        logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(count, 2)])
     if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(_Echo())
 
 
 _verbose = click.option(
