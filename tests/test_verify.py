@@ -283,7 +283,8 @@ def test_the_command_fails_with_3_and_still_writes_its_report(copy, tmp_path):
 
 def test_the_command_prints_json(copy):
     result = run(copy, "--json", "--calls", 1, "--labels", "1,2", "--guidance-scale", 2)
-    inputs = json.loads(result.stdout)["inputs"]
+    [line] = result.stdout.splitlines()
+    inputs = json.loads(line)["inputs"]
     assert inputs["labels"] == [1, 2]
     assert inputs["guidance_scale"] == 2
 
@@ -293,6 +294,7 @@ def test_the_command_prints_json(copy):
     [
         (["--labels", "x"], 2, "not a list of class labels"),
         (["--tolerance", "0"], 2, "tolerance"),
+        (["--backend", "other"], 2, "--backend"),
         (["--labels", "99"], 1, "label 99 is not a class"),
         (["--batch", "7"], 1, "7 images in one batch"),
         (["--labels", "1,2", "--batch", "1"], 1, "2 labels do not make a batch of 1"),

@@ -11,6 +11,7 @@ from l2c_export.cli.options import FILE, show_progress, write_report
 from l2c_export.cli.profile_option import profile_option
 from l2c_export.evidence.bench import PEERS, bench
 from l2c_export.evidence.bench_report import bench_table
+from l2c_export.runtime.backends import BACKENDS
 
 
 @click.command()
@@ -21,10 +22,10 @@ from l2c_export.evidence.bench_report import bench_table
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @profile_option("backend", "threads")
 @click.option("--threads", type=click.IntRange(1), help="For bundle and peer; without it, all cores.")
-@click.option("--backend", default="ort", show_default=True)
+@click.option("--backend", type=click.Choice(list(BACKENDS)), default="ort", show_default=True)
 @click.option("--peer", type=click.Choice(PEERS), help="Also run eager PyTorch with the same schedule.")
 @click.option("--memory/--no-memory", default=True, help="Also measure memory. Default: yes.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON alone.")
 @click.option("--report", type=FILE, help="Where the report goes. Default: BUNDLE/reports/bench.json.")
 def command(
     bundle: Path,
@@ -37,7 +38,7 @@ def command(
     as_json: bool,
     report: Path | None,
 ) -> None:
-    """Measure BUNDLE: cached beside uncached, its ceiling, its memory."""
+    """Measure BUNDLE: cached beside uncached, call by call, its ceiling, its memory."""
     with show_progress() as progress:
         data = bench(
             bundle,
@@ -49,5 +50,5 @@ def command(
             memory=memory,
             progress=progress,
         )
-    click.echo(json.dumps(data, indent=1) if as_json else bench_table(data))
+    click.echo(json.dumps(data, ensure_ascii=False) if as_json else bench_table(data))
     write_report(report or bundle / "reports" / "bench.json", data)

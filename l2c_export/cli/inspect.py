@@ -15,13 +15,13 @@ from l2c_export.evidence.bundle_report import bundle_json, bundle_table
 @click.command()
 @click.argument("bundle", type=FILE)
 @click.option("--check/--no-check", default=True, help="Compare every file with its digest.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def command(bundle: Path, check: bool, as_json: bool) -> None:
     """Show what BUNDLE holds, and check that it is what was built."""
     opened = read_bundle(bundle)
     if check:
         opened.check_files()
     if as_json:
-        click.echo(json.dumps(bundle_json(opened, check), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(bundle_json(opened, check), ensure_ascii=False))
     else:
         click.echo(bundle_table(opened, check))

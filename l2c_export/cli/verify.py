@@ -11,6 +11,7 @@ from l2c_export.cli.options import FILE, parse_labels, show_progress, write_repo
 from l2c_export.cli.profile_option import profile_option
 from l2c_export.evidence.verify import Settings, report_json, report_table, verify
 from l2c_export.runtime import Runner
+from l2c_export.runtime.backends import BACKENDS
 
 
 @click.command()
@@ -33,10 +34,10 @@ from l2c_export.runtime import Runner
 @click.option(
     "--uncached/--no-uncached", default=True, help="Also compare without caching. Default: yes."
 )
-@click.option("--backend", default="ort", show_default=True)
+@click.option("--backend", type=click.Choice(list(BACKENDS)), default="ort", show_default=True)
 @profile_option("backend", "threads")
 @click.option("--threads", type=click.IntRange(1), help="For the bundle; without it, all cores.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
 @click.option("--report", type=FILE, help="Where the report goes. Default: BUNDLE/reports/verify.json.")
 def command(
     bundle: Path,
@@ -46,11 +47,16 @@ def command(
     report: Path | None,
     **settings: object,
 ) -> None:
-    """Compare BUNDLE, call by call, with PyTorch and the same schedule; exit 3 where it differs."""
+    """Compare BUNDLE, call by call, with PyTorch and the same schedule; exit 3 where it differs.
+
+    The schedule is the bundle's own: what each call reuses is what its manifest reads, and no router is
+    read again. Timesteps and updates are the sampler's, computed anew, and not the manifest's; the
+    weights are the bundle's, or with --checkpoint those of that file.
+    """
     runner = Runner.load(bundle, backend, threads)
     with show_progress() as progress:
         result = verify(runner, Settings(**settings), progress)  # type: ignore[arg-type]
     data = report_json(result, runner)
-    click.echo(json.dumps(data, indent=1) if as_json else report_table(result))
+    click.echo(json.dumps(data, ensure_ascii=False) if as_json else report_table(result))
     write_report(report or bundle / "reports" / "verify.json", data)
     result.check()

@@ -88,6 +88,7 @@ def bench(
         "load_average_before": load_average,
         "speed": speed,
         "peer": _peer(runs) if peer else None,
+        "calls": _calls(manifest, costs, runs),
         "graphs": _graphs(manifest, costs, runs),
         "all_reuse": _all_reuse(manifest, runs),
         "memory": held,
@@ -186,11 +187,28 @@ def _peer(runs: _Runs) -> dict[str, Any]:
     return {"name": runs.peer_name, "seconds": spread(runs.peer), "ratio": ratio}
 
 
-def _graphs(manifest: Manifest, costs: ProgramCosts, runs: _Runs) -> list[dict[str, Any]]:
-    """Each graph's calls: milliseconds, and its share of a full call by MACs and by the clock.
+def _calls(manifest: Manifest, costs: ProgramCosts, runs: _Runs) -> list[dict[str, Any]]:
+    """Each call: milliseconds, and its share of a full call by MACs and by the clock.
 
-    The clock's share is taken within a repeat, call by call, from the uncached call of that timestep.
+    The clock's share is taken within a repeat, from the uncached call of the same timestep.
     """
+    cached, uncached = np.array(runs.cached_calls), np.array(runs.uncached_calls)
+    return [
+        {
+            "call": i,
+            "timestep": call.timestep,
+            "graph": call.graph,
+            "computed": len(manifest.slots.names) - len(call.reads),
+            "ms": spread((1e3 * cached[:, i]).tolist()),
+            "ideal_share": costs.calls[i] / costs.full,
+            "measured_share": spread((cached[:, i] / uncached[:, i]).tolist()),
+        }
+        for i, call in enumerate(manifest.calls)
+    ]
+
+
+def _graphs(manifest: Manifest, costs: ProgramCosts, runs: _Runs) -> list[dict[str, Any]]:
+    """The same for the calls of each graph together."""
     cached, uncached = np.array(runs.cached_calls), np.array(runs.uncached_calls)
     entries = []
     for name in manifest.step_graphs():

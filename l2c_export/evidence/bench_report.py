@@ -7,7 +7,7 @@ from typing import Any
 
 from l2c_export.core.plan_report import runs_of, size
 
-_LONG = ("graphs", "model")
+_LONG = ("calls", "graphs", "model")
 
 
 def bench_table(data: dict[str, Any]) -> str:
@@ -22,8 +22,9 @@ def bench_table(data: dict[str, Any]) -> str:
         f"{machine['cpu']}, {threads}, {machine['backend']}, {machine['system']}",
         *_busy(data),
         "",
-        *_graph_lines(data),
+        *_call_lines(data),
         "",
+        *_graph_lines(data),
         *_speed_lines(data),
         *_memory_lines(data["memory"]),
         json.dumps({key: data[key] for key in data if key not in _LONG}, ensure_ascii=False),
@@ -38,17 +39,28 @@ def _busy(data: dict[str, Any]) -> list[str]:
     return [f"the machine was busy with other things: load average {load:.1f} before the start"]
 
 
+def _call_lines(data: dict[str, Any]) -> list[str]:
+    return [
+        f"call      t  {'graph':13}  {'computed':>8}  {'ms':>26}  {'by MACs':>8}  {'measured':>8}",
+        *(f"{c['call']:4}  {c['timestep']:5g}  {_row(c)}" for c in data["calls"]),
+        "the time of call 0 has the conditioning in it",
+    ]
+
+
 def _graph_lines(data: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{'graph':13}  {'computed':>8}  {'ms a call':>26}  {'by MACs':>8}  {'measured':>8}  calls"
-    ]
-    lines += [
-        f"{g['graph']:13}  {g['computed']:8}  {_spread(g['ms'], '.1f'):>26}  "
-        f"{100 * g['ideal_share']:6.2f} %  {100 * g['measured_share']['median']:6.2f} %  "
-        f"{runs_of(g['calls'], 24)}"
-        for g in data["graphs"]
-    ]
-    return lines
+    """The graphs of several calls; the others are in the lines of their calls."""
+    lines = [f"{_row(g)}  {runs_of(g['calls'], 24)}" for g in data["graphs"] if len(g["calls"]) > 1]
+    if not lines:
+        return []
+    head = f"{'graph':13}  {'computed':>8}  {'ms a call':>26}  {'by MACs':>8}  {'measured':>8}  calls"
+    return [head, *lines, ""]
+
+
+def _row(entry: dict[str, Any]) -> str:
+    return (
+        f"{entry['graph']:13}  {entry['computed']:8}  {_spread(entry['ms'], '.1f'):>26}  "
+        f"{100 * entry['ideal_share']:6.2f} %  {100 * entry['measured_share']['median']:6.2f} %"
+    )
 
 
 def _speed_lines(data: dict[str, Any]) -> list[str]:

@@ -7,10 +7,12 @@ A child speaks JSON, a line at a time: ``python -m l2c_export.evidence.child ROL
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +31,13 @@ class Child:
         root = str(Path(l2c_export.__file__).parents[1])
         inherited = os.environ.get("PYTHONPATH")
         path = os.pathsep.join([root, inherited] if inherited else [root])
+        # A file, because nobody would drain a pipe while the child works; __exit__ closes it.
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "l2c_export.evidence.child", role, json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             encoding="utf-8",
             env=os.environ | {"PYTHONPATH": path},
@@ -46,6 +50,7 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
+        self._errors.close()
 
     def answer(self) -> dict[str, Any]:
         """Wait for the child's next line.
@@ -56,8 +61,9 @@ class Child:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            _, errors = self._process.communicate()
-            last = next(reversed(errors.strip().splitlines()), "it said nothing")
+            self._process.communicate()
+            self._errors.seek(0)
+            last = next(reversed(self._errors.read().strip().splitlines()), "it said nothing")
             raise L2CError(f"the {self._role} process failed: {last}")
         result: dict[str, Any] = json.loads(line)
         return result
@@ -65,8 +71,9 @@ class Child:
     def ask(self) -> dict[str, Any]:
         """Let the child do its work once more, and wait for it."""
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # a child that is gone has no answer: said below
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
         return self.answer()
 
 

@@ -1,5 +1,8 @@
 """A bundle against the eager reference with the same schedule: what to compare, and the verdict.
 
+The schedule is the bundle's own, the manifest's reads: a bundle of another router passes. Timesteps and
+updates are computed anew from the sampler's name; the weights are the bundle's or a checkpoint's.
+
 An error is max|a - b| / max|b|, b the reference; NaN and Inf fail.
 """
 
