@@ -6,7 +6,7 @@ from l2c_export.core.models import DiTConfig
 from l2c_export.errors import L2CError
 from l2c_export.train.data import read_dataset
 
-CONFIG = DiTConfig(1, 16, 2, 2, 4, in_channels=1, num_classes=3, learn_sigma=False)
+CONFIG = DiTConfig(1, 16, 2, 2, 4, in_channels=1, num_classes=3, learn_sigma=False, guidance_channels=1)
 SHAPE = (5, 1, 4, 4)
 
 

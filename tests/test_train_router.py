@@ -22,7 +22,7 @@ from l2c_export.train.job import Job, load_model, train_router
 from l2c_export.train.recipe import Recipe
 from l2c_export.train.router import Trainer, add_noise, branch_weights, mixing, pair_loss, train
 from l2c_export.train.state import Run
-from l2c_export.train.workers import Workers
+from l2c_export.train.workers import Workers, workers
 
 CONFIG = DiTConfig(2, 32, 2, 2, 4, in_channels=2, num_classes=3, guidance_channels=2)
 RECIPE = Recipe(steps=4, iterations=6, batch=4, lr=0.05)
@@ -363,6 +363,38 @@ def test_a_model_without_a_checkpoint_is_refused(job):
 def test_an_output_without_a_folder_is_refused_before_training(job, tmp_path):
     with pytest.raises(L2CError, match="there is no folder"):
         train_router(replace(job, output=tmp_path / "none" / "router.safetensors"))
+
+
+def test_an_output_that_is_a_folder_is_refused_before_training(job, tmp_path):
+    with pytest.raises(L2CError, match="it is a folder"):
+        train_router(replace(job, output=tmp_path))
+
+
+def test_another_training_does_not_overwrite_a_checkpoint(job):
+    train_router(job)
+    kept = job.state.read_bytes()
+    with pytest.raises(L2CError, match="continue it with --resume, or remove it"):
+        train_router(job)
+    assert job.state.read_bytes() == kept
+    job.state.unlink()
+    assert train_router(job).iterations == RECIPE.iterations
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 1), (None, 1), ("cuda:0", 0), ("cuda:2", 2)])
+def test_a_gpu_that_is_named_is_used(device, index, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with workers(device) as (_, used):
+        assert [used] == chosen == [torch.device("cuda", index)]
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(L2CError, match=r"--device cuda:0: .*; use cuda"), workers("cuda:0"):
+        pass
 
 
 def test_a_device_that_is_not_here_is_refused(job):

@@ -66,7 +66,8 @@ from l2c_export.train.recipe import LATENT_SCALE, Recipe
 def command(model: str | None, model_config: Path | None, as_json: bool, **values: Any) -> None:
     """Train a Learning-to-Cache router for a DiT and its DDIM sampler.
 
-    The training's own checkpoint is OUTPUT.training. On several GPUs: torchrun --nproc-per-node 8
+    The training's own checkpoint is OUTPUT.training; one that is there is continued with --resume, and
+    never overwritten by another training. On several GPUs: torchrun --nproc-per-node 8
     --no-python l2c-export train-router …
     """
     config = _config(model, model_config)

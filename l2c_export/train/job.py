@@ -37,7 +37,7 @@ class Job:
         latent_scale: Factor of latents; None is 0.18215 for presets and 1 for others.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None takes a GPU if there is one.
         threads: On the CPU; None leaves PyTorch's choice.
-        resume: Continue from the training's checkpoint.
+        resume: Continue from the training's checkpoint; without this there must be none.
         checkpoint_every: Iterations between checkpoints.
     """
 
@@ -99,6 +99,12 @@ def train_router(job: Job, progress: Progress = _silent) -> Result | None:
         torch.set_num_threads(job.threads)
     if not job.output.absolute().parent.is_dir():
         raise L2CError(f"cannot write {job.output}: there is no folder {job.output.absolute().parent}")
+    if job.output.is_dir():
+        raise L2CError(f"cannot write {job.output}: it is a folder; give a file in it with -o")
+    if job.state.exists() and not job.resume:
+        raise L2CError(
+            f"there is a training checkpoint {job.state}; continue it with --resume, or remove it"
+        )
     scale = job.latent_scale
     if scale is None:
         scale = 1.0 if job.preset is None else LATENT_SCALE

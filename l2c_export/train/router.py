@@ -11,6 +11,7 @@ All randomness is a function of (seed, rank, iteration): a resumed training is t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,8 +120,7 @@ def _draw(run: Run, workers: Workers, rows: int, iteration: int) -> _Draw:
     recipe, per_process = run.recipe, run.recipe.batch // workers.count
     first = iteration * recipe.batch + workers.rank * per_process
     places = np.arange(first, first + per_process)
-    epochs = {int(e): np.random.default_rng((recipe.seed, int(e))) for e in np.unique(places // rows)}
-    orders = {epoch: rng.permutation(rows) for epoch, rng in epochs.items()}
+    orders = {int(epoch): _order(recipe.seed, int(epoch), rows) for epoch in np.unique(places // rows)}
     taken = np.array([orders[int(place) // rows][place % rows] for place in places])
     entropy = np.random.SeedSequence((recipe.seed, 1 + workers.rank, iteration))
     generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]) >> 1)
@@ -130,6 +130,12 @@ def _draw(run: Run, workers: Workers, rows: int, iteration: int) -> _Draw:
         dropped=torch.rand(per_process, generator=generator) < recipe.label_dropout,
         noise=torch.randn(per_process, *run.config.latent_shape, generator=generator),
     )
+
+
+@functools.lru_cache(maxsize=2)  # an iteration may end one epoch and begin the next
+def _order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
+    """(rows,) the data's order in an epoch; shared, so not to be changed."""
+    return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
 # Training ---------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from l2c_export.train.recipe import Recipe
 
 FORMAT, VERSION = "l2c-router-training", "1"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_AGAIN = "remove it and train without --resume"
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,17 @@ def read_state(
     """
     tensors, state = _read(path)
     if state["model"] != run.config.to_json():
-        raise L2CError(f"training checkpoint {path} is for another model; train without --resume")
+        raise L2CError(f"training checkpoint {path} is for another model; {_AGAIN}")
     there, here = dict(state["run"]), run.facts()
-    there["iterations"] = here[
-        "iterations"
-    ]  # the one thing that may grow: the learning rate is constant
+    # The one thing that may grow: the learning rate is constant.
+    there["iterations"] = here["iterations"]
     changed = [
         f"{key} was {there.get(key)}, is {here[key]}" for key in here if there.get(key) != here[key]
     ]
     if changed:
         raise L2CError(
             f"training checkpoint {path} is of another training: {'; '.join(changed[:3])}; "
-            "use the same options, or train without --resume"
+            f"use the same options, or {_AGAIN}"
         )
     shapes = {"logits": (len(logits), *logits[0].shape), "step": (len(logits),)}
     for name, tensor in tensors.items():
@@ -127,7 +127,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise L2CError(f"training checkpoint {path} is damaged: {error}") from None
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-        raise L2CError(f"{path} is no training checkpoint of this release; train without --resume")
+        raise L2CError(f"{path} is no training checkpoint of this release; {_AGAIN}")
     if set(tensors) != {"logits", *_MOMENTS}:
         raise L2CError(f"training checkpoint {path} is damaged: it holds {sorted(tensors)}")
     try:

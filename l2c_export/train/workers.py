@@ -51,7 +51,7 @@ def workers(device: str | None) -> Iterator[tuple[Workers, torch.device]]:
         device: ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU of this process if there is one.
 
     Raises:
-        L2CError: There is no such device.
+        L2CError: There is no such device, or one GPU is named for several processes.
     """
     chosen = _device(device)
     if "WORLD_SIZE" not in os.environ:
@@ -74,6 +74,11 @@ def _device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise L2CError(f"--device {name}: this machine or this PyTorch has none; use --device cpu")
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+        index = device.index
+        if index is None:
+            index = int(os.environ.get("LOCAL_RANK", 0))
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise L2CError(f"--device {name}: each of several processes takes its own; use cuda")
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
