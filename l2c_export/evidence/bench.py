@@ -73,7 +73,11 @@ def bench(
     threads = threads or usable_cores()
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     # First, while nobody else maps the weights: shared pages would count only in part.
-    held = _memory(path, manifest, backend, batch, threads) if memory else {"skipped": "not asked for"}
+    held = (
+        measure_memory(path, manifest, backend, batch, threads)
+        if memory
+        else {"skipped": "not asked for"}
+    )
     version, runs = _measure(path, backend, batch, repeats, threads, peer, progress)
     costs = program_costs(manifest)
     speed = _speed(costs, runs)
@@ -247,7 +251,9 @@ def _all_reuse(manifest: Manifest, runs: _Runs) -> dict[str, Any] | None:
     }
 
 
-def _memory(path: Path, manifest: Manifest, backend: str, batch: int, threads: int) -> dict[str, Any]:
+def measure_memory(
+    path: Path, manifest: Manifest, backend: str = "ort", batch: int = 1, threads: int = 1
+) -> dict[str, Any]:
     """What a process that does nothing but run the bundle holds after a whole trajectory."""
     weights, caches = manifest.files[WEIGHTS].bytes, cache_bytes(manifest, batch)
     sizes = {
