@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from click.testing import CliRunner
 
 from l2c_export.cli import cli
 from l2c_export.core.bundle import read_bundle, write_manifest
-from l2c_export.errors import L2CError
+from l2c_export.errors import UnsupportedError
 from l2c_export.evidence.images import image_grid
 from l2c_export.evidence.samples import SampleOptions, default_labels, sample_to_files
 from l2c_export.runtime import Runner
@@ -87,7 +89,7 @@ def test_run_writes_everything_and_a_picture(bundle, tmp_path):
     assert "5 images, cached, in 2 trajectories of 6 calls" in out
     with np.load(tmp_path / "s.npz") as data:
         assert data["labels"].tolist() == [1, 2, 3, 4, 5]
-        again = Runner.load(bundle).sample_all(data["labels"], noise=data["noise"])
+        again = Runner.load(bundle).sample(data["labels"], noise=data["noise"])
         assert np.array_equal(again, data["latents"])
         facts = json.loads(str(data["facts"]))
     assert (facts["seed"], facts["guidance_scale"], facts["schedule"]["kind"]) == (7, 1.5, "handmade")
@@ -141,9 +143,11 @@ def test_progress_is_told_for_each_call(bundle, tmp_path):
         (["--noise", "missing.npy"], 1, "cannot read noise missing.npy: No such file"),
         (["--noise", __file__], 1, "is not a .npy file of numbers"),
         (["--guidance-scale", "nan"], 1, "guidance_scale is nan"),
+        (["--guidance-scale", "1e300"], 1, "guidance_scale is 1e+300"),
         (["--backend", "cuda"], 2, "'cuda' is not 'ort'"),
         (["--threads", "0"], 2, "0 is not in the range"),
         (["-o", "samples.jpg"], 1, "give a name that ends in .npz, .npy, .png"),
+        (["-o", f"{'x' * 300}.npz"], 1, "File name too long"),
         (["-o", "/proc/none/samples.npz"], 1, "cannot write output /proc/none/samples.npz"),
     ],
 )
@@ -153,6 +157,36 @@ def test_run_refuses_in_one_line(bundle, tmp_path, monkeypatch, arguments, code,
     assert (got, out) == (code, "")
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["s.npz", "s.npy", "s.png"])
+def test_a_full_disk_is_one_line(bundle, tmp_path, name):
+    """A limit on the size of files stands for it."""
+    code = f"""
+import resource, sys
+from l2c_export.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+sys.argv = ["l2c-export", "run", {str(bundle)!r}, "-o", {name!r}]
+main()
+"""
+    command = [sys.executable, "-B", "-c", code]  # nor may it cut off .pyc files
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (out.returncode, out.stdout) == (1, "")
+    _, error = out.stderr.splitlines()  # after the warning of random weights
+    assert f"cannot write output {name}: " in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_becomes_a_folder_is_one_line(bundle, tmp_path):
+    (tmp_path / "s.png").mkdir()
+    code, _, err = run("run", bundle, "-o", tmp_path / "s.npz")
+    assert code == 1
+    assert f"cannot write output {tmp_path / 's.png'}: Is a directory" in err
+
+
+def test_run_says_which_files_it_writes():
+    text = " ".join(run("run", "--help")[1].split())
+    assert "A .npz then gets its .png beside it, if Pillow is installed." in text
 
 
 def test_a_latent_has_no_picture(bundle, tmp_path):
@@ -195,6 +229,6 @@ def test_a_grid_refuses_latents():
 
 def test_a_missing_pillow_is_said_before_the_work(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(Runner, "sample_all", lambda *a, **k: pytest.fail("it ran"))
-    with pytest.raises(L2CError, match=r"a PNG needs Pillow; .*l2c-export\[report\]"):
+    monkeypatch.setattr(Runner, "sample", lambda *a, **k: pytest.fail("it ran"))
+    with pytest.raises(UnsupportedError, match=r"a PNG needs Pillow; .*l2c-export\[report\]"):
         sample_to_files(bundle, SampleOptions(), tmp_path / "s.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -79,9 +80,20 @@ def test_a_seed_is_numpys_default_generator(runner):
 
 def test_many_labels_go_in_batches_and_keep_their_noise(runner):
     labels = list(range(10))  # batches of 4, 4 and 2
-    latents = runner.sample_all(labels, seed=1)
+    latents = runner.sample(labels, seed=1)
     assert distance(latents, handmade.reference(labels, noise(10, 1))) < 1e-5
     assert np.array_equal(latents[4:8], runner.sample(labels[4:8], noise=noise(10, 1)[4:8]))
+
+
+def test_a_bundle_for_one_latent_samples_any_number(tmp_path):
+    runner = Runner.load(handmade.write_bundle(tmp_path / "single", batch=(1, 1)))
+    seen = []
+    latents = runner.sample([3, 7, 3], seed=1, callback=lambda i, t, x: seen.append((i, x.copy())))
+    single = [runner.sample([y], noise=noise(3, 1)[[k]]) for k, y in enumerate([3, 7, 3])]
+    assert np.array_equal(latents, np.concatenate(single))
+    assert [index for index, _ in seen] == 3 * list(range(len(PROGRAM)))  # a batch after another
+    ends = [x for index, x in seen if index == len(PROGRAM) - 1]
+    assert np.array_equal(latents, np.concatenate(ends))
 
 
 @pytest.mark.parametrize(
@@ -259,6 +271,13 @@ class FakeBackend:
         return FakeGraph(self, graph)
 
 
+class FailingBackend(FakeBackend):
+    """Takes no graph."""
+
+    def load(self, graph):
+        raise L2CError(f"the backend was handed {graph}")
+
+
 class FakeGraph:
     def __init__(self, backend, name):
         self.backend, self.name = backend, name
@@ -354,7 +373,6 @@ def changed(array: np.ndarray, value: float) -> np.ndarray:
         ([], {}, r"labels have shape \(0,\)"),
         ([[1], [2, 3]], {}, r"labels cannot be read as an array"),
         (ElsewhereTensor(np.array([1])), {}, r"labels cannot be read .* not in CPU memory"),
-        ([1] * 5, {}, r"5 images in one batch; this bundle was built for batches of 1 to 4"),
         ([1], {"noise": noise(2)}, r"noise has shape \(2, 3, 4, 4\); this bundle needs \(1, 3, 4, 4\)"),
         ([1], {"noise": noise(1)[0]}, r"noise has shape \(3, 4, 4\)"),
         ([1], {"noise": noise(1).astype("float64")}, r"noise is float64; .* float32: cast it first"),
@@ -365,6 +383,9 @@ def changed(array: np.ndarray, value: float) -> np.ndarray:
         ([1], {"seed": -1}, r"seed is -1; it must be a whole number"),
         ([1], {"seed": 1.5}, r"seed is 1.5"),
         ([1], {"guidance_scale": float("nan")}, r"guidance_scale is nan; it must be a finite number"),
+        ([1], {"guidance_scale": float("-inf")}, r"guidance_scale is -inf; it must be a finite number"),
+        ([1], {"guidance_scale": 1e300}, r"guidance_scale is 1e\+300; .* finite number, in float32"),
+        ([1], {"guidance_scale": 10**400}, r"guidance_scale is 10{400}; .* finite number, in float32"),
         ([1], {"guidance_scale": "4"}, r"guidance_scale is '4'"),
         ([1], {"guidance_scale": [4.0]}, r"guidance_scale is \[4.0\]"),
     ],
@@ -377,15 +398,22 @@ def test_an_unfit_argument_is_refused_before_anything_runs(runner, labels, optio
 
 def test_guidance_for_a_bundle_without_it_is_refused(tmp_path):
     runner = Runner.load(handmade.write_bundle(tmp_path / "plain", guidance=False))
-    with pytest.raises(L2CError, match="built without guidance"):
+    with pytest.raises(L2CError, match=r"built without guidance.* build without --no-guidance"):
         runner.sample([1], guidance_scale=1.0)
 
 
 def test_a_fixed_batch_is_said(tmp_path):
     runner = Runner.load(handmade.write_bundle(tmp_path / "fixed", batch=(3, 3)))
-    with pytest.raises(L2CError, match="built for batch 3"):
-        runner.sample([1])
-    assert runner.sample_all([1], seed=0).shape == (1, *LATENT)
+    with pytest.raises(L2CError, match=r"1 images in one batch; .* built for batch 3: build with"):
+        runner.session(1)
+    assert runner.sample([1], seed=0).shape == (1, *LATENT)
+
+
+def test_a_range_of_batches_is_said(runner):
+    with pytest.raises(
+        L2CError, match=r"5 images in one batch; .* for batches of 1 to 4: .*sample\(\)"
+    ):
+        runner.session(5)
 
 
 def test_labels_must_fill_a_session(runner):
@@ -407,11 +435,26 @@ def test_an_unknown_backend_is_refused(bundle):
 def test_a_backend_that_is_not_installed_says_how(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.delitem(sys.modules, "l2c_export.runtime.ort", raising=False)
-    with pytest.raises(L2CError, match=r"onnxruntime.*pip install 'l2c-export\[ort\]'"):
+    with pytest.raises(UnsupportedError, match=r"onnxruntime.*pip install 'l2c-export\[ort\]'"):
         Runner.load(bundle)
 
 
+def test_each_graph_that_is_loaded_is_logged(bundle, caplog):
+    with caplog.at_level("INFO", logger="l2c_export"):
+        runner = Runner.load(bundle)
+    said = [record.getMessage() for record in caplog.records]
+    for name in runner._graphs:
+        path = re.escape(str(bundle / f"{name}.onnx"))
+        assert sum(bool(re.fullmatch(rf"loaded {path} in \d+\.\d{{3}} s", line)) for line in said) == 1
+
+
 # -- files --------------------------------------------------------------------------------------
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -420,11 +463,29 @@ def test_a_backend_that_is_not_installed_says_how(bundle, monkeypatch):
 )
 def test_a_flipped_byte_is_refused_with_the_files_name(tmp_path, name):
     bundle = handmade.write_bundle(tmp_path / "bundle")
-    data = bytearray((bundle / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    (bundle / name).write_bytes(data)
+    flip_byte(bundle / name)
     with pytest.raises(L2CError, match=f"{name} does not match its digest"):
         Runner.load(bundle)
+
+
+def test_a_backend_gets_no_graph_before_the_small_files_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "fake", f"{__name__}:FailingBackend")
+    bundle = handmade.write_bundle(tmp_path / "bundle")
+    with pytest.raises(L2CError, match="handed conditioning"):
+        Runner.load(bundle, backend="fake")
+    flip_byte(bundle / "full.onnx")
+    with pytest.raises(L2CError, match=r"full.onnx does not match its digest") as caught:
+        Runner.load(bundle, backend="fake")
+    assert caught.value.__context__ is None  # nothing failed before
+
+
+def test_damaged_weights_are_said_instead_of_a_backends_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "fake", f"{__name__}:FailingBackend")
+    bundle = handmade.write_bundle(tmp_path / "bundle")
+    flip_byte(bundle / "weights.safetensors")
+    with pytest.raises(L2CError, match=r"weights.safetensors does not match its digest") as caught:
+        Runner.load(bundle, backend="fake")
+    assert "handed conditioning" in str(caught.value.__context__)
 
 
 def test_a_graph_that_the_backend_does_not_take_is_named(tmp_path):
@@ -491,9 +552,10 @@ def in_a_process(code: str) -> str:
 
 def test_each_session_has_the_threads_that_were_asked_for(bundle):
     code = f"""
-import os
+import os, time
 from l2c_export.runtime import Runner
 def threads():
+    time.sleep(0.3)  # a thread that has been joined may still be listed
     return len(os.listdir("/proc/self/task"))
 Runner.load({str(bundle)!r}, threads=1)  # what importing and loading leave behind
 before, one = threads(), Runner.load({str(bundle)!r}, threads=1)

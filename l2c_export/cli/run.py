@@ -35,8 +35,8 @@ from l2c_export.runtime.backends import BACKENDS
     type=FILE,
     default="samples.npz",
     show_default=True,
-    help="A .npz file with everything, a .npy of the latents, or a .png where the model makes "
-    "images (which then comes with an .npz too).",
+    help="A .npz file of latents, labels, noise and facts; a .npy of the latents alone; or a .png, "
+    "where the model makes images. A .npz then gets its .png beside it, if Pillow is installed.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one line of JSON.")
 def command(bundle: Path, output: Path, as_json: bool, **options: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l2c_export.core.files import replacing
-from l2c_export.errors import L2CError
+from l2c_export.errors import UnsupportedError
 
 IMAGE_CHANNELS = (1, 3)
 """Channels of a model that makes images; others make latents, which need a decoder (VAE)."""
@@ -50,7 +50,7 @@ def write_grid(path: Path, images: NDArray[Any], columns: int | None = None, sid
     """Write a grid of images to a PNG file; arguments as in :func:`image_grid`.
 
     Raises:
-        L2CError: Pillow is not installed.
+        UnsupportedError: Pillow is not installed.
     """
     check_pillow()
     from PIL import Image
@@ -63,4 +63,4 @@ def write_grid(path: Path, images: NDArray[Any], columns: int | None = None, sid
 def check_pillow() -> None:
     """Refuse, before any work is done, to draw without Pillow."""
     if importlib.util.find_spec("PIL") is None:
-        raise L2CError("a PNG needs Pillow; install it with: pip install 'l2c-export[report]'")
+        raise UnsupportedError("a PNG needs Pillow; install it with: pip install 'l2c-export[report]'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -63,7 +64,7 @@ def sample_to_files(
         bundle: The bundle's folder.
         options: What to sample.
         output: ``.npz`` (latents, labels, noise, facts), ``.npy`` (latents) or ``.png`` (a grid);
-            with ``.npz``, a model that makes images gets its ``.png`` beside it.
+            with ``.npz``, a model that makes images gets its ``.png`` beside it if Pillow is there.
         progress: Told each call.
 
     Returns:
@@ -83,7 +84,7 @@ def sample_to_files(
     seed = None if options.noise else options.seed or 0
     noise = check_noise(manifest, len(labels), given, seed)
     began = time.perf_counter()
-    latents = runner.sample_all(
+    latents = runner.sample(
         labels,
         noise=noise,
         guidance_scale=options.guidance_scale,
@@ -151,10 +152,16 @@ def _check_output(path: Path) -> None:
         raise L2CError(f"output {path}: give a name that ends in {', '.join(_SUFFIXES)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        folder = path.is_dir()
     except OSError as error:
-        raise L2CError(f"cannot write output {path}: {error.strerror}") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise _unwritable(path, error) from None
+    if folder or not os.access(path.parent, os.W_OK):
         raise L2CError(f"cannot write output {path}: it is a folder, or its folder is not writable")
+
+
+def _unwritable(path: Path, error: OSError) -> L2CError:
+    # Pillow's errors have no strerror
+    return L2CError(f"cannot write output {path}: {error.strerror or error}")
 
 
 def _outputs(manifest: Manifest, output: Path) -> list[Path]:
@@ -182,11 +189,16 @@ def _write(
     noise: NDArray[np.float32],
     facts: dict[str, Any],
 ) -> None:
-    if path.suffix == ".png":
-        return write_grid(path, latents)
-    with replacing(path) as temporary:
+    try:
+        if path.suffix == ".png":
+            return write_grid(path, latents)
+        data = io.BytesIO()  # numpy itself tells of a full disk without the reason, or more than once
         if path.suffix == ".npy":
-            np.save(temporary, latents)
+            np.save(data, latents)
         else:
             text = np.array(json.dumps(facts, ensure_ascii=False))
-            np.savez(temporary, latents=latents, labels=labels, noise=noise, facts=text)
+            np.savez(data, latents=latents, labels=labels, noise=noise, facts=text)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data.getbuffer())
+    except OSError as error:
+        raise _unwritable(path, error) from None

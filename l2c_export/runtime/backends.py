@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l2c_export.core.bundle import Bundle
-from l2c_export.errors import L2CError
+from l2c_export.errors import L2CError, UnsupportedError
 
 Array = NDArray[Any]
 
@@ -49,7 +49,8 @@ def load_backend(name: str, bundle: Bundle, threads: int | None = None) -> Backe
     """Make a backend by name.
 
     Raises:
-        L2CError: There is no such backend, it is not installed, or it cannot serve this bundle.
+        L2CError: There is no such backend, or it cannot serve this bundle.
+        UnsupportedError: It is not installed.
     """
     if name not in BACKENDS:
         raise L2CError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
@@ -59,7 +60,7 @@ def load_backend(name: str, bundle: Bundle, threads: int | None = None) -> Backe
     try:
         make = getattr(importlib.import_module(module), cls)
     except ImportError as error:
-        raise L2CError(
+        raise UnsupportedError(
             f"backend {name!r} cannot import {error.name or error}; "
             f"install it with: pip install 'l2c-export[{name}]'"
         ) from None

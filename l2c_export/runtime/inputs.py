@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Iterator
 from typing import Any
@@ -52,7 +51,7 @@ def check_batch(manifest: Manifest, batch: int) -> None:
         built = f"batch {low}" if low == high else f"batches of {low} to {high}"
         raise L2CError(
             f"{batch} images in one batch; this bundle was built for {built}: "
-            "use sample_all() for any number, or build with another --batch"
+            "build with another --batch, or let Runner.sample() make batches of any number"
         )
 
 
@@ -94,20 +93,27 @@ def check_guidance(manifest: Manifest, scale: float | None) -> float:
     """The guidance scale to use: the caller's or the bundle's.
 
     Raises:
-        L2CError: It is no finite number, or the bundle has no guidance.
+        L2CError: It is no finite float32, or the bundle has no guidance.
     """
     if manifest.guidance is None:
         if scale is not None:
             raise L2CError(
                 f"guidance_scale {scale!r}: this bundle was built without guidance; leave it out, "
-                "or build with a --guidance-scale"
+                "or build without --no-guidance"
             )
         return 1.0
     if scale is None:
         return manifest.guidance.scale
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not math.isfinite(scale):
-        raise L2CError(f"guidance_scale is {scale!r}; it must be a finite number")
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not _fits_float32(scale):
+        raise L2CError(f"guidance_scale is {scale!r}; it must be a finite number, in float32 too")
     return float(scale)
+
+
+def _fits_float32(number: numbers.Real) -> bool:
+    try:
+        return abs(float(number)) <= float(np.finfo(np.float32).max)  # which NaN is not
+    except OverflowError:  # an integer beyond float64
+        return False
 
 
 def batches(count: int, limits: tuple[int, int]) -> Iterator[tuple[NDArray[np.intp], int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Mapping
 
 import onnxruntime as ort  # type: ignore[import-untyped]
@@ -54,16 +55,22 @@ class OrtBackend:
             L2CError: ONNX Runtime does not take the graph.
         """
         path = self._bundle.file(graph)
+        began = time.perf_counter()
         try:
-            try:
-                return OrtGraph(_session(path.as_posix(), self._options(own_pool=True)))
-            except RuntimeError as error:
-                if "use_per_session_threads" not in str(error):
-                    raise
-                # the host application has made a global thread pool, and all sessions must use it
-                return OrtGraph(_session(path.as_posix(), self._options(own_pool=False)))
+            session = self._open(path.as_posix())
         except Exception as error:  # ONNX Runtime's own exceptions have no other common class
             raise L2CError(f"{self.version} cannot load {path}: {_one_line(error)}") from None
+        _log.info("loaded %s in %.3f s", path, time.perf_counter() - began)
+        return OrtGraph(session)
+
+    def _open(self, path: str) -> ort.InferenceSession:
+        try:
+            return _session(path, self._options(own_pool=True))
+        except RuntimeError as error:
+            if "use_per_session_threads" not in str(error):
+                raise
+            # the host application has made a global thread pool, and all sessions must use it
+            return _session(path, self._options(own_pool=False))
 
     def _options(self, own_pool: bool) -> ort.SessionOptions:
         options = ort.SessionOptions()

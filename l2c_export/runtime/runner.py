@@ -5,7 +5,7 @@
     from l2c_export.runtime import Runner
 
     runner = Runner.load("bundle")
-    latents = runner.sample([207, 360], seed=0)  # (2, C, H, W) float32
+    latents = runner.sample([0, 0, 0], seed=0)  # (3, C, H, W) float32: three images of class 0
 
 Labels and noise may also be lists or anything with ``__dlpack__`` in CPU memory, such as a tensor of
 another framework; results have ``__dlpack__`` as every numpy array has.
@@ -21,16 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from l2c_export.core.bundle import CONDITIONING, Bundle, read_bundle
+from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle, read_bundle
 from l2c_export.runtime.backends import Backend, LoadedGraph, load_backend
 from l2c_export.runtime.inputs import batches, check_labels, check_noise
 from l2c_export.runtime.session import Floats, Session
 
 Callback = Callable[[int, float, Floats], None]
-"""Takes a call's index, its timestep and the (B, C, H, W) latent after it.
+"""Takes a call's index, its timestep and the (batch, C, H, W) latent after it.
 
 The latent is the session's own: copy what is to be kept; what is changed in it goes into the next call.
+Where labels need several batches it is called for each batch in turn, from index 0 again.
 """
 
 _IDLE_SESSIONS = 4  # that keep their buffers for the next sample()
@@ -56,7 +58,9 @@ class Runner:
 
     @classmethod
     def load(cls, path: str | Path, backend: str = "ort", threads: int | None = None) -> Runner:
-        """Load the graphs of a bundle's program, and check every file of it meanwhile.
+        """Check every file of a bundle, and load the graphs of its program.
+
+        A backend sees no graph before its file is checked; the weights are checked meanwhile.
 
         Args:
             path: The bundle's folder.
@@ -68,14 +72,16 @@ class Runner:
                 installed or cannot load a graph.
         """
         bundle = read_bundle(Path(path))
+        files = bundle.manifest.files.keys()
+        bundle.check_files(files - {WEIGHTS})
         with ThreadPoolExecutor(1) as pool:
-            checked = pool.submit(bundle.check_files)
+            checked = pool.submit(bundle.check_files, files & {WEIGHTS})
             try:
                 runner = cls(bundle, load_backend(backend, bundle, threads))
                 for name in (CONDITIONING, *bundle.manifest.step_graphs()):
                     runner.graph(name)
             finally:
-                checked.result()  # names the damaged file instead of what a backend makes of it
+                checked.result()  # says that weights are damaged, not what a backend makes of them
         return runner
 
     def graph(self, name: str) -> LoadedGraph:
@@ -103,59 +109,49 @@ class Runner:
         cached: bool = True,
         callback: Callback | None = None,
     ) -> Floats:
-        """Run one trajectory. Several threads may do so at once.
+        """Sample any number of latents. Several threads may do so at once.
+
+        More than the bundle's largest batch are sampled a batch after another; fewer than its
+        smallest are repeated to fill it, and the repeats are dropped.
 
         Args:
-            labels: (B,) integer classes.
-            noise: (B, C, H, W) float32 to start from, instead of ``seed``.
-            seed: Start from ``numpy.random.default_rng(seed).standard_normal`` of (B, C, H, W) in
-                float32. Without seed and noise, every run is another.
+            labels: (N,) integer classes, at least one.
+            noise: (N, C, H, W) float32 to start from, instead of ``seed``.
+            seed: Start from ``numpy.random.default_rng(seed).standard_normal`` of (N, C, H, W) in
+                float32, whatever the batches. Without seed and noise, every run is another.
             guidance_scale: Of classifier-free guidance; None is the bundle's own.
             cached: False computes everything in every call.
-            callback: Called after each call; may raise to stop.
+            callback: Called after each call of each batch in turn; may raise to stop.
 
         Returns:
-            (B, C, H, W) latents: a new array.
+            (N, C, H, W) latents: a new array.
 
         Raises:
             L2CError: An argument does not fit this bundle.
         """
         labels = check_labels(self.manifest, labels)
+        noise = check_noise(self.manifest, len(labels), noise, seed)
+        done = [
+            self._trajectory(labels[part], noise[part], guidance_scale, cached, callback)[:fresh]
+            for part, fresh in batches(len(labels), self.manifest.batch)
+        ]
+        return np.concatenate(done)
+
+    def _trajectory(
+        self,
+        labels: NDArray[np.int64],
+        noise: Floats,
+        guidance_scale: float | None,
+        cached: bool,
+        callback: Callback | None,
+    ) -> Floats:
+        """Run one batch from noise to latents."""
         with self._lent(len(labels)) as session:
-            session.start(labels, noise, guidance_scale, cached, seed=seed)
+            session.start(labels, noise, guidance_scale, cached)
             for call in session:
                 if callback is not None:
                     callback(call.index, call.timestep, call.x)
             return session.x.copy()
-
-    def sample_all(
-        self,
-        labels: Any,
-        *,
-        noise: Any = None,
-        seed: int | None = None,
-        guidance_scale: float | None = None,
-        cached: bool = True,
-        callback: Callback | None = None,
-    ) -> Floats:
-        """Run as many trajectories, one after another, as this many labels need.
-
-        Arguments and result are those of :meth:`sample`, except that B may be any number; noise from
-        a seed is made for all labels at once, so it does not depend on how they are batched.
-        """
-        labels = check_labels(self.manifest, labels)
-        noise = check_noise(self.manifest, len(labels), noise, seed)
-        done = [
-            self.sample(
-                labels[part],
-                noise=noise[part],
-                guidance_scale=guidance_scale,
-                cached=cached,
-                callback=callback,
-            )[:fresh]
-            for part, fresh in batches(len(labels), self.manifest.batch)
-        ]
-        return np.concatenate(done)
 
     @contextmanager
     def _lent(self, batch: int) -> Iterator[Session]:

@@ -64,7 +64,7 @@ class Session:
 
     ::
 
-        session = runner.session(batch=2)
+        session = runner.session(batch=2)  # one that the bundle was built for
         session.start([207, 360], seed=0)
         for call in session:
             print(call.index, call.timestep, call.x.std())
@@ -105,7 +105,7 @@ class Session:
     ) -> None:
         """Begin a trajectory, and forget one that is under way.
 
-        Arguments as in :meth:`l2c_export.runtime.Runner.sample`.
+        Arguments as in :meth:`l2c_export.runtime.Runner.sample`, for exactly ``batch`` labels.
         """
         manifest = self._manifest
         labels = check_labels(manifest, labels)
