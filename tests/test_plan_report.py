@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from l2c_export.build.plan_picture import draw_plan
 from l2c_export.cli import cli
 from l2c_export.core.models import DiTConfig
 from l2c_export.core.plan import make_plan
-from l2c_export.core.plan_picture import draw_plan
 from l2c_export.core.plan_report import plan_json, plan_table
 from l2c_export.core.samplers import sampler_table
 from l2c_export.core.schedule import Schedule
