@@ -17,7 +17,7 @@ from l2c_export.core.plan_report import plan_json, plan_table
 @click.command()
 @schedule_options
 @profile_option("batch", "max_graphs")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one line of JSON.")
 @click.option("--picture", type=FILE, help="Also draw calls x sub-layers into a PNG file.")
 def command(options: ScheduleOptions, as_json: bool, picture: Path | None) -> None:
     """Show what a schedule computes, shares and costs, before anything is built."""
@@ -26,7 +26,7 @@ def command(options: ScheduleOptions, as_json: bool, picture: Path | None) -> No
     if picture is not None:
         draw_plan(plan, picture)
     if as_json:
-        click.echo(json.dumps(plan_json(plan, batch), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(plan_json(plan, batch), ensure_ascii=False))
     else:
         click.echo(plan_table(plan, batch))
     if picture is not None:
