@@ -60,6 +60,7 @@ def workers(device: str | None) -> Iterator[tuple[Workers, torch.device]]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Workers(dist.get_rank(), dist.get_world_size()), chosen
+        dist.barrier()  # the first process serves the others: it may not leave before them
     finally:
         dist.destroy_process_group()
 
