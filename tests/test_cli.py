@@ -64,6 +64,16 @@ def test_v_before_or_after_the_command_tells_what_is_made(arguments, world, comm
     assert "l2c_export.build.build: made weights.safetensors: " in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "policy"),
+    [(["--steps", "6"], "fora:2:end"), (["--router", "router.safetensors"], "random:1:trajectory")],
+)
+def test_a_policy_plans_a_schedule_made_by_hand(arguments, policy, world, command):
+    code, out, _ = command("plan", *MODEL, *arguments, "--policy", policy)
+    assert code == 0
+    assert f"schedule  {policy}, 6 calls" in out
+
+
 def test_a_missing_package_is_one_line_with_the_way_out(world, command, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
     for name in [name for name in sys.modules if name.startswith("l2c_export.build.")]:
@@ -387,6 +397,10 @@ OPTIONS = {
     "no model": Bad(["plan", "--uncached"], "give one of --model NAME and --model-config FILE", 2),
     "two models": Bad(["plan", *MODEL, "--model", "dit-s-2"], "give one of --model NAME", 2),
     "unknown model": Bad(["plan", "--model", "dit-xxl"], "'dit-xxl' is not one of: dit-xl-2", 2),
+    "policy unused": Bad(["plan", *MODEL, "--uncached", "--policy", "fora:2"], "takes no --policy", 2),
+    "policy and router": Bad(["plan", *PLAN, "--policy", "fora:2"], "fora:2 needs no router", 2),
+    "policy": Bad(["plan", *MODEL, "--policy", "magic"], "policy 'magic' is unknown; known: fora:N"),
+    "policy's number": Bad(["plan", *MODEL, "--policy", "fora:21"], "interval 21: with 20 calls"),
     "router unused": Bad(["plan", *PLAN, "--uncached"], "--uncached .* takes no --router", 2),
     "threshold": Bad(["plan", *PLAN, "--threshold", "1.5"], "threshold 1.5 is outside 0 … 1"),
     "NaN threshold": Bad(["plan", *PLAN, "--threshold", "nan"], "threshold nan is outside"),

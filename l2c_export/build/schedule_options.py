@@ -7,6 +7,7 @@ from pathlib import Path
 
 from l2c_export.core.models import DiTConfig, preset, read_model_config
 from l2c_export.core.plan import Plan, make_plan
+from l2c_export.core.policies import Policy, fora, random_like
 from l2c_export.core.samplers import sampler_table
 from l2c_export.core.schedule import Router, Schedule, threshold_router, uncached
 from l2c_export.errors import L2CError
@@ -24,6 +25,7 @@ class ScheduleOptions:
         router: Router file; None takes the released one of the preset.
         threshold: A sub-layer is computed where the router's score is above it.
         uncached: Compute everything, without a router.
+        policy: A schedule made by hand, to compare with; see :meth:`Policy.parse`.
         sampler: Name of the sampler.
         steps: Calls of a trajectory; None takes the router's own number, or 20.
         batch: Smallest and largest number of latents in one call.
@@ -36,6 +38,7 @@ class ScheduleOptions:
     router: Path | None = None
     threshold: float = 0.1
     uncached: bool = False
+    policy: str | None = None
     sampler: str = "ddim"
     steps: int | None = None
     batch: tuple[int, int] = (1, 1)
@@ -63,11 +66,7 @@ def plan_from_options(options: ScheduleOptions) -> Plan:
         L2CError: The parts do not fit each other, or a file is missing or broken.
     """
     config = options.config
-    if options.uncached:
-        calls = options.steps or _DEFAULT_CALLS
-        schedule = uncached(config.slots, calls)
-    else:
-        schedule = _routed(options, config)
+    schedule = _schedule(options, config)
     return make_plan(
         config,
         schedule,
@@ -75,6 +74,18 @@ def plan_from_options(options: ScheduleOptions) -> Plan:
         guidance=options.guidance,
         max_graphs=options.max_graphs,
     )
+
+
+def _schedule(options: ScheduleOptions, config: DiTConfig) -> Schedule:
+    calls = options.steps or _DEFAULT_CALLS
+    if options.uncached:
+        return uncached(config.slots, calls)
+    policy = Policy.parse(options.policy) if options.policy is not None else None
+    if policy is None:
+        return _routed(options, config)
+    if policy.kind == "fora":
+        return fora(config.slots, calls, policy.number, policy.option)
+    return random_like(_routed(options, config), policy.number, config.slot_macs(), policy.option)
 
 
 def _routed(options: ScheduleOptions, config: DiTConfig) -> Schedule:

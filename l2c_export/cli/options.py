@@ -61,6 +61,11 @@ _SCHEDULE_OPTIONS = (
     ),
     click.option("--uncached", is_flag=True, help="Compute everything; needs no router."),
     click.option(
+        "--policy",
+        metavar="fora:N|random:SEED",
+        help="A schedule to compare with: compute every Nth call (FORA), or shuffle the router's.",
+    ),
+    click.option(
         "--sampler", default="ddim", show_default=True, help=f"One of: {', '.join(SAMPLERS)}."
     ),
     click.option(
@@ -110,6 +115,10 @@ def _check_usage(options: ScheduleOptions) -> None:
         raise click.UsageError("give one of --model NAME and --model-config FILE")
     if options.uncached and options.router is not None:
         raise click.UsageError("--uncached computes everything: it takes no --router")
+    if options.uncached and options.policy is not None:
+        raise click.UsageError("--uncached computes everything: it takes no --policy")
+    if options.router is not None and (options.policy or "").startswith("fora"):
+        raise click.UsageError(f"--policy {options.policy} needs no router: leave --router out")
     if options.model is not None and options.model not in PRESETS:
         known = ", ".join(PRESETS)
         raise click.BadParameter(f"{options.model!r} is not one of: {known}", param_hint="--model")

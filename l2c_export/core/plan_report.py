@@ -124,7 +124,7 @@ def schedule_name(plan: Plan) -> str:
     """The schedule in a few words: its router and threshold, or its kind."""
     source = plan.schedule.source
     if source.get("kind") != "router":
-        return str(source.get("kind", "schedule"))
+        return str(source.get("policy", source.get("kind", "schedule")))
     name = source.get("router", {}).get("file", "router")
     return f"{name} at θ = {source['threshold']:g}"
 

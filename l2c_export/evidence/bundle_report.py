@@ -86,7 +86,7 @@ def _weights(source: dict[str, Any]) -> str:
 
 def _schedule(source: dict[str, Any]) -> str:
     if source.get("kind") != "router":
-        return str(source.get("kind", "unknown"))
+        return str(source.get("policy", source.get("kind", "unknown")))
     router = source.get("router", {})
     return f"{router.get('file', 'router')}{_sha256(router)} at θ = {source.get('threshold')}"
 
