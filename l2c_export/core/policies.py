@@ -66,7 +66,7 @@ def random_like(
     generator = np.random.default_rng(seed)
     reuse = schedule.reuse.copy()
     routed = np.flatnonzero(reuse.any(axis=1))
-    groups = [routed] if within == "trajectory" else [row[None] for row in routed]
+    groups = [routed] if within == "trajectory" else list(routed[:, None])
     for cost in sorted(set(costs.values())):
         columns = [i for i, name in enumerate(schedule.slots) if costs[name] == cost]
         for rows in groups:
