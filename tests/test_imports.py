@@ -15,6 +15,7 @@ import l2c_export
 
 PACKAGE = Path(l2c_export.__file__).parent
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "matplotlib", "PIL", "sklearn"}
+HEAVY |= {"tensorrt", "tensorrt_rtx", "cuda"}
 NOT_FOR_THE_RUNTIME = (HEAVY - {"onnxruntime"}) | {"click", "safetensors", "filelock"}
 
 
@@ -47,6 +48,13 @@ def test_the_runtime_imports_no_backend_before_one_is_asked_for():
     assert not modules & (NOT_FOR_THE_RUNTIME | HEAVY)
 
 
+def test_engines_are_made_without_torch():
+    code = "import importlib, pkgutil, l2c_export.engines as zone\n"
+    code += "for m in pkgutil.iter_modules(zone.__path__, zone.__name__ + '.'):\n"
+    code += "    importlib.import_module(m.name)"
+    assert not modules_after(code) & {"torch", "onnxscript", "tensorrt", "tensorrt_rtx"}
+
+
 @pytest.mark.parametrize("command", [[], ["--help"], ["run", "--help"], ["inspect", "--help"]])
 def test_the_command_line_starts_without_heavy_packages(command):
     code = f"from l2c_export.cli import cli\ncli.main({command}, standalone_mode=False)"
@@ -68,9 +76,10 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("zone", "walls"),
     [
-        ("core", ["build", "runtime", "train", "evidence", "cli"]),
-        ("runtime", ["build", "train", "evidence", "cli"]),
-        ("build", ["runtime", "cli"]),
+        ("core", ["build", "engines", "runtime", "train", "evidence", "cli"]),
+        ("runtime", ["build", "engines", "train", "evidence", "cli"]),
+        ("engines", ["build", "runtime", "train", "evidence", "cli"]),
+        ("build", ["engines", "runtime", "cli"]),
         ("evidence", ["cli"]),
     ],
 )

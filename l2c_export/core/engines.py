@@ -1,0 +1,324 @@
+"""Engines of a bundle: the record beside them, the archive that holds them, and which fit a device.
+
+``bundle/engines/<backend>-<version>-<targets>/`` holds ``engines.json`` and one compressed archive of
+all plans, which have almost all kernels in common. The record says everything that a runner must know
+to bind them; it is keyed by the digests of the graphs, so it cannot serve another bundle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import lzma
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l2c_export.core.bundle import (
+    CONDITIONING,
+    WEIGHTS,
+    Bundle,
+    File,
+    Manifest,
+    ProgramCall,
+    Value,
+    leaves_folder,
+)
+from l2c_export.core.files import key_of, replacing, sha256
+from l2c_export.errors import L2CError, UnsupportedError
+
+ENGINES = "engines"
+"""The folder in a bundle that holds a folder for each backend, version and set of targets."""
+
+RECORD = "engines.json"
+FORMAT, VERSION = "l2c-engines", 1
+
+UPDATE = "update"
+"""Name of the engine that computes the sampler's update; every other engine is named as its graph."""
+
+PORTABLE = "portable"
+"""The target of TensorRT-RTX engines that are made for no compute capability in particular."""
+
+PORTABLE_TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
+"""What those name in their header (TensorRT-RTX 1.7): Ampere and later that the library serves."""
+
+_SOURCES = ("x", "output", "noise")
+
+# Preset 1 finds what plans have in common (27 MB of three DiT-XL/2 plans become 0.2 MB) at hundreds of
+# MB a second; the dictionary is larger than a plan, so that the next one can refer to all of it.
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": 64 << 20}]
+
+
+def update_terms(manifest: Manifest) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Targets and sources of the sampler's updates, over all calls, in the order of the update engine.
+
+    Returns:
+        Targets: ``x``, then the histories that any call writes. Sources: of ``x``, ``output``,
+        ``noise`` and the histories those that any update reads.
+    """
+    updates = [_terms(call) for call in manifest.calls]
+    written = {target for update in updates for target in update}
+    read = {source for update in updates for terms in update.values() for source in terms}
+    histories = sorted((written | read) - set(_SOURCES))  # a target keeps its value where unwritten
+    return ("x", *histories), (*(s for s in _SOURCES if s in read | {"x"}), *histories)
+
+
+def update_coefficients(manifest: Manifest) -> NDArray[np.float32]:
+    """(calls, targets, sources) what the update engine is given at each call.
+
+    A target that a call does not write keeps its value: the row has a 1 at the target itself.
+    """
+    targets, sources = update_terms(manifest)
+    table = np.zeros((len(manifest.calls), len(targets), len(sources)), np.float32)
+    for row, call in zip(table, manifest.calls, strict=True):
+        update = _terms(call)
+        for i, target in enumerate(targets):
+            for source, value in update.get(target, {target: 1.0}).items():
+                row[i, sources.index(source)] = value
+    return table
+
+
+def _terms(call: ProgramCall) -> Mapping[str, Mapping[str, float]]:
+    return {"x": call.update}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One compiled graph.
+
+    Attributes:
+        graph: Name of a graph in the manifest, or :data:`UPDATE`.
+        key: Content key: network, options, backend, version and targets.
+        source: Digest of what the network was made from; see :func:`source_of`.
+        bytes: Of the plan, which begins where the plan before it ends.
+        sha256: Of the plan.
+        inputs: What a call binds, in order, as in the manifest.
+        weights: Parameters of ``weights.safetensors`` that are inputs too, as the engine takes them: a
+            bias has a leading 1.
+        outputs: In order.
+        inlined: Parameters that the engine holds as constants.
+        scratch: Bytes of device memory while it runs; engines that run one after the other share it.
+            None where only the device can tell.
+        kernels: Kernels of one run, by the builder's own log; None where it does not say.
+    """
+
+    graph: str
+    key: str
+    source: str
+    bytes: int
+    sha256: str
+    inputs: tuple[Value, ...]
+    weights: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    inlined: tuple[str, ...] = ()
+    scratch: int | None = None
+    kernels: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """All engines of a bundle for one backend, version and set of targets.
+
+    Attributes:
+        backend: ``"rtx"``, ``"trt"`` or ``"ort"``.
+        version: Of the backend; engines run on the very version that they were built with.
+        targets: ``"sm89"`` … in ascending order, or :data:`PORTABLE` alone.
+        options: Builder options, as given.
+        ranges: Dimension to its smallest, best and largest size: ``"batch"``, ``"rows"`` and, of the
+            conditioning, ``"n"``.
+        archive: Name of the file of all plans, compressed, and what it must be.
+        engines: In the order of the archive.
+    """
+
+    backend: str
+    version: str
+    targets: tuple[str, ...]
+    options: dict[str, Any]
+    ranges: dict[str, tuple[int, int, int]]
+    archive: tuple[str, File]
+    engines: tuple[Engine, ...]
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return folder_name(self.backend, self.version, self.targets)
+
+    @property
+    def plan_bytes(self) -> int:
+        """Bytes of all plans, as they are loaded."""
+        return sum(engine.bytes for engine in self.engines)
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of the scratch that all engines can share, as far as it is known."""
+        return max((engine.scratch or 0 for engine in self.engines), default=0)
+
+    def engine(self, graph: str) -> Engine:
+        """The engine of a graph.
+
+        Raises:
+            L2CError: There is none.
+        """
+        for engine in self.engines:
+            if engine.graph == graph:
+                return engine
+        raise L2CError(f"engines {self.folder} have none for {graph}; build them again")
+
+    def check_bundle(self, bundle: Bundle) -> None:
+        """See that these engines were built from this very bundle.
+
+        Raises:
+            L2CError: They were not.
+        """
+        manifest = bundle.manifest
+        for graph in (*manifest.step_graphs(), CONDITIONING, UPDATE):
+            engine = self.engine(graph)
+            if engine.source != source_of(manifest, graph, bool(engine.inlined)):
+                raise L2CError(
+                    f"engines {self.folder} were built from another {graph} than the bundle's; build "
+                    f"them again: l2c-export engines {bundle.path} --backend {self.backend}"
+                )
+
+
+def folder_name(backend: str, version: str, targets: Iterable[str]) -> str:
+    """Name of the folder for a backend, its version and targets."""
+    return f"{backend}-{version}-{'+'.join(targets)}"
+
+
+def source_of(manifest: Manifest, graph: str, holds_weights: bool) -> str:
+    """Digest of what an engine is made from: its graph, and the weights where it holds some."""
+    parts: list[Any]
+    if graph == UPDATE:
+        parts = [UPDATE, manifest.latent, manifest.batch, *update_terms(manifest)]
+    else:
+        parts = [manifest.files[manifest.graphs[graph].file].sha256]
+        if holds_weights:
+            parts.append(manifest.files[WEIGHTS].sha256)
+    return key_of(parts)
+
+
+def write_record(folder: Path, engines: EngineSet) -> None:
+    """Write ``engines.json``; the last act of a build."""
+    with replacing(folder / RECORD) as temporary:
+        temporary.write_text(_serialise(engines), encoding="utf-8")
+
+
+def _serialise(engines: EngineSet) -> str:
+    data = {"format": FORMAT, "version": VERSION, "engines": asdict(engines)}
+    text = json.dumps(data, indent=1)
+    data["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps(data, indent=1) + "\n"
+
+
+def read_record(folder: Path) -> EngineSet:
+    """Read a folder's ``engines.json``.
+
+    Raises:
+        L2CError: There is none, or it was damaged or edited.
+        UnsupportedError: Its version is not this release's.
+    """
+    path = folder / RECORD
+    again = "build the engines again: l2c-export engines BUNDLE"
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise L2CError(f"{path} is not a record of engines (format {FORMAT!r}); {again}")
+        if data.get("version") != VERSION:
+            raise UnsupportedError(
+                f"{path}: version {data.get('version')!r}, this release reads {VERSION}; {again}"
+            )
+        engines = _parse(data["engines"])
+    except OSError as error:
+        raise L2CError(f"cannot read {path}: {error.strerror}; {again}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise L2CError(f"{path} is damaged ({error!r}); {again}") from None
+    if _serialise(engines) != text or leaves_folder(engines.archive[0]):
+        raise L2CError(f"{path} does not match its own digest; {again}")
+    return engines
+
+
+def _parse(data: Mapping[str, Any]) -> EngineSet:
+    def values(entries: Iterable[Mapping[str, Any]]) -> tuple[Value, ...]:
+        return tuple(Value(v["name"], v["dtype"], tuple(v["shape"])) for v in entries)
+
+    def engine(entry: Mapping[str, Any]) -> Engine:
+        interface = {key: values(entry[key]) for key in ("inputs", "weights", "outputs")}
+        return Engine(**{**entry, **interface, "inlined": tuple(entry["inlined"])})
+
+    name, entry = data["archive"]
+    return EngineSet(
+        **{
+            **data,
+            "targets": tuple(data["targets"]),
+            "ranges": {key: tuple(sizes) for key, sizes in data["ranges"].items()},
+            "archive": (name, File(**entry)),
+            "engines": tuple(engine(entry) for entry in data["engines"]),
+        }
+    )
+
+
+def find_engines(bundle: Bundle) -> list[tuple[Path, EngineSet]]:
+    """Folders of engines in a bundle and their records, by name; damaged ones are left out."""
+    found = []
+    for path in sorted((bundle.path / ENGINES).glob(f"*/{RECORD}")):
+        with contextlib.suppress(L2CError):
+            found.append((path.parent, read_record(path.parent)))
+    return found
+
+
+def misfit(
+    engines: EngineSet, backend: str, version: str, capability: tuple[int, int] | None
+) -> str | None:
+    """Why engines cannot run, before a driver says it in its own words; None where they should.
+
+    Args:
+        engines: The engines.
+        backend: Backend that is to run them.
+        version: Its version.
+        capability: The device's compute capability, such as (8, 9); None where it is not known.
+    """
+    if engines.backend != backend:
+        return f"built for the backend {engines.backend}, not {backend}"
+    if engines.version != version:
+        return f"built with {backend} {engines.version}, this machine has {version}"
+    if capability is None:
+        return None
+    target = f"sm{capability[0]}{capability[1]}"
+    targets = PORTABLE_TARGETS if engines.targets == (PORTABLE,) else engines.targets
+    if target not in targets:
+        return f"built for {', '.join(targets)}, this device is {target}"
+    return None
+
+
+def pack_plans(path: Path, plans: Iterable[bytes]) -> File:
+    """Write the archive: all plans, one after the other, as one xz stream."""
+    with replacing(path) as temporary:
+        with lzma.open(temporary, "wb", format=lzma.FORMAT_XZ, filters=_FILTERS) as file:
+            for plan in plans:
+                file.write(plan)
+        return File(temporary.stat().st_size, sha256(temporary))
+
+
+def unpack_plans(folder: Path, engines: EngineSet) -> Iterator[tuple[Engine, bytes]]:
+    """Each engine and its plan, checked against their digests.
+
+    Raises:
+        L2CError: The archive is missing, or is not what was built.
+    """
+    path = folder / engines.archive[0]
+    again = "copy the bundle or build the engines again"
+    try:
+        with lzma.open(path, "rb") as file:
+            for engine in engines.engines:
+                plan = file.read(engine.bytes)
+                if hashlib.sha256(plan).hexdigest() != engine.sha256:
+                    raise L2CError(f"{path}: the engine of {engine.graph} is damaged; {again}")
+                yield engine, plan
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise L2CError(f"cannot read {path}: {error}; {again}") from None

@@ -1,0 +1,145 @@
+"""The networks that engines are built from: a bundle's graphs with their weights as network inputs.
+
+A backend shares no weights between engines. A network that takes them as inputs has none inside: all
+engines of a bundle are bound to one copy of ``weights.safetensors`` on the device, and TensorRT fuses
+bias and activation into a Gemm with the weight in PyTorch's layout, transB = 1 and a (1, out) bias, as
+it does with constants. These very files also run in plain ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from l2c_export.core.bundle import Bundle, Manifest, Value
+from l2c_export.core.engines import update_terms
+
+OPSET = 20
+
+INLINED = 2 << 20
+"""Bytes up to which a parameter that no matrix product reads stays inside the engine as a constant:
+convolutions, position embeddings, norms. What kernels read piece by piece is better known to them."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """An ONNX network and its interface.
+
+    Attributes:
+        model: Serialised ``ModelProto`` without external data.
+        inputs: What a call binds, in order; dimensions as in the manifest.
+        weights: Parameters that are inputs after those, under their names in ``weights.safetensors``
+            and with the shape that the network wants: a bias of a Gemm has a leading 1.
+        outputs: In order.
+        inlined: Names of the parameters that are constants inside.
+    """
+
+    model: bytes
+    inputs: tuple[Value, ...]
+    weights: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    inlined: tuple[str, ...] = ()
+
+
+def engine_network(bundle: Bundle, graph: str) -> Network:
+    """A graph of a bundle with its large weights as inputs.
+
+    Every operand of a matrix product becomes an input, as do other parameters of more than
+    :data:`INLINED` bytes; the rest become constants of the model.
+
+    Args:
+        bundle: A bundle; its weights file is read only for the constants.
+        graph: Name of one of its graphs.
+    """
+    model = ir.load(bundle.file(graph))
+    inputs, outputs = _values(model.graph.inputs), _values(model.graph.outputs)
+    weights, inlined = [], []
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        if _multiplied(value) or tensor.nbytes > INLINED:
+            del model.graph.initializers[name]
+            value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+            value.const_value = None
+            model.graph.inputs.append(value)
+            weights.append(value)
+        else:
+            value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
+            inlined.append(name)
+    return Network(_bytes(model), inputs, _values(weights), outputs, tuple(inlined))
+
+
+def update_network(manifest: Manifest) -> Network:
+    """The sampler's update of the latent as a network; one serves all calls.
+
+    Inputs: the sources of :func:`l2c_export.core.engines.update_terms` under their names, each
+    (batch, C, H, W) float32, then ``coefficients`` (targets, sources) float32. Outputs: each target
+    with ``.next`` after its name: sum over sources of coefficient times source, in that order. A
+    coefficient of 0 multiplies its source all the same, so a source must never hold NaN or infinity.
+    """
+    targets, sources = update_terms(manifest)
+    low, high = manifest.batch
+    shape = ir.Shape([low if low == high else "batch", *manifest.latent])
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    held = {name: ir.Value(name=name, type=kind, shape=shape) for name in sources}
+    table = ir.Value(name="coefficients", type=kind, shape=ir.Shape([len(targets), len(sources)]))
+    shape_of_all = _integers("flat", [-1])
+    flat = ir.node("Reshape", [table, shape_of_all], name="flatten")
+    count = len(targets) * len(sources)
+    split = {"axis": 0, "num_outputs": count}
+    parts = ir.node("Split", [flat.outputs[0]], split, num_outputs=count, name="split")
+    nodes, outputs = [flat, parts], []
+    coefficients = iter(parts.outputs)
+    for target in targets:
+        terms = [
+            ir.node("Mul", [held[source], next(coefficients)], name=f"{target}.{source}")
+            for source in sources
+        ]
+        nodes += terms
+        total = terms[0].outputs[0]
+        for i, term in enumerate(terms[1:]):
+            nodes.append(ir.node("Add", [total, term.outputs[0]], name=f"{target}.sum.{i}"))
+            total = nodes[-1].outputs[0]
+        total.name, total.type, total.shape = f"{target}.next", kind, shape
+        outputs.append(total)
+    graph = ir.Graph(
+        [*held.values(), table],
+        outputs,
+        nodes=nodes,
+        initializers=[shape_of_all],
+        opset_imports={"": OPSET},
+        name="update",
+    )
+    model = ir.Model(graph, ir_version=10, producer_name="l2c-export")
+    return Network(_bytes(model), _values(graph.inputs), (), _values(outputs))
+
+
+def _multiplied(value: ir.Value) -> bool:
+    """Whether a matrix product reads it, as weight or as bias."""
+    return any(use.node.op_type in ("Gemm", "MatMul") for use in value.uses())
+
+
+def _integers(name: str, values: list[int]) -> ir.Value:
+    tensor = ir.tensor(np.array(values, np.int64), name=name)
+    return ir.Value(
+        name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(values)])
+    )
+
+
+def _bytes(model: ir.Model) -> bytes:
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def _values(of: Iterable[ir.Value]) -> tuple[Value, ...]:
+    return tuple(
+        Value(
+            str(v.name),
+            str(v.dtype.numpy()),  # type: ignore[union-attr]
+            tuple(d if isinstance(d, int) else str(d) for d in v.shape or ()),
+        )
+        for v in of
+    )
