@@ -34,7 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from l2c_export.build.checkpoint import open_checkpoint
-from l2c_export.build.dit import Branches, DiT, guide, position_embedding
+from l2c_export.build.dit import Branches, DiT, position_embedding
+from l2c_export.build.models import guide
 from l2c_export.build.router_file import read_router
 from l2c_export.core.files import replacing
 from l2c_export.core.models import DiTConfig

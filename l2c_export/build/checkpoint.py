@@ -1,4 +1,4 @@
-"""Checkpoints of the DiT family, all under the official parameter names; no file's code is run.
+"""Checkpoints of the supported models, all under the official parameter names; no file's code is run.
 
 Four kinds of source give the same interface: the official ``.pt``, safetensors with the official
 names, a diffusers folder, and random weights. Tensors are mapped or made when they are asked for.
@@ -22,7 +22,7 @@ from torch import Tensor
 from l2c_export.build.dit import position_embedding
 from l2c_export.build.safe_load import check_file, load_pickle
 from l2c_export.core.files import sha256
-from l2c_export.core.models import PRESETS, DiTConfig, Shape
+from l2c_export.core.models import PRESETS, DiTConfig, ModelConfig, Shape, UViTConfig
 from l2c_export.errors import L2CError
 
 Shapes = dict[str, Shape]
@@ -70,7 +70,7 @@ class Checkpoint:
             ``file``, ``sha256``; a folder's digest covers its ``files`` (name -> sha256).
     """
 
-    config: DiTConfig
+    config: ModelConfig
     tensors: Mapping[str, Tensor]
     source: dict[str, Any]
 
@@ -91,19 +91,23 @@ class Checkpoint:
             yield name, tensor
 
 
-def open_checkpoint(path: Path, config: DiTConfig) -> Checkpoint:
+def open_checkpoint(path: Path, config: ModelConfig) -> Checkpoint:
     """Open the weights of a model.
 
     Args:
-        path: An official ``.pt`` (plain, or under ``ema`` or ``model``; ``ema`` is preferred), a
-            ``.safetensors`` with official names, or a diffusers folder (or a pipeline with one
-            under ``transformer/``).
+        path: An official ``.pt`` or ``.pth`` (plain, or under ``ema`` or ``model``; ``ema`` is
+            preferred), a ``.safetensors`` with official names, or for DiT a diffusers folder (or a
+            pipeline with one under ``transformer/``).
         config: The model that they must fit.
 
     Raises:
         L2CError: The source is damaged, asks for code, or does not fit the model.
     """
     if path.is_dir():
+        if not isinstance(config, DiTConfig):
+            raise L2CError(
+                f"{path} is a folder; a {config.family} model takes an official .pth or a .safetensors"
+            )
         return _open_diffusers(path, config)
     check_file(path, "checkpoint")
     safe = path.suffix == ".safetensors"
@@ -118,7 +122,7 @@ def open_checkpoint(path: Path, config: DiTConfig) -> Checkpoint:
     return Checkpoint(config, _in_order(stored, config), source)
 
 
-def _in_order(stored: Mapping[str, _Stored], config: DiTConfig) -> LazyTensors:
+def _in_order(stored: Mapping[str, _Stored], config: ModelConfig) -> LazyTensors:
     return LazyTensors({name: stored[name] for name in config.parameters()})
 
 
@@ -463,7 +467,7 @@ def _position(config: DiTConfig) -> _Stored:
     return _Stored(config.parameters()["pos_embed"], "float32", partial(position_embedding, config))
 
 
-def random_checkpoint(config: DiTConfig, seed: int) -> Checkpoint:
+def random_checkpoint(config: ModelConfig, seed: int) -> Checkpoint:
     """Weights for planning and benchmarks: the same for the same seed, in every process.
 
     No branch is idle (an untrained DiT starts with adaLN and final layer at zero, where every
@@ -471,23 +475,29 @@ def random_checkpoint(config: DiTConfig, seed: int) -> Checkpoint:
     """
     if not 0 <= seed < 2**63:
         raise L2CError(f"random weights seed {seed} is outside 0 … 2**63-1")
+    spread = _uvit_spread if isinstance(config, UViTConfig) else _dit_spread
     entries = {
-        name: _Stored(shape, "float32", partial(_random_tensor, seed, name, shape))
+        name: _Stored(shape, "float32", partial(_random_tensor, seed, name, shape, spread(name, shape)))
         for name, shape in config.parameters().items()
     }
-    entries["pos_embed"] = _position(config)
+    if isinstance(config, DiTConfig):
+        entries["pos_embed"] = _position(config)
     return Checkpoint(config, LazyTensors(entries), {"kind": "random", "seed": seed})
 
 
-def _random_tensor(seed: int, name: str, shape: Shape) -> Tensor:
+def _random_tensor(seed: int, name: str, shape: Shape, spread: float) -> Tensor:
     """Uniform numbers, scaled afterwards: unlike normal ones they have the same bits on any CPU."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    width = math.sqrt(12) * _spread(name, shape)
-    return torch.empty(shape).uniform_(-0.5, 0.5, generator=generator).mul_(width)
+    tensor = torch.empty(shape).uniform_(-0.5, 0.5, generator=generator).mul_(math.sqrt(12) * spread)
+    return tensor.add_(1) if _is_norm_scale(name, shape) else tensor
 
 
-def _spread(name: str, shape: Shape) -> float:
+def _is_norm_scale(name: str, shape: Shape) -> bool:
+    return len(shape) == 1 and name.endswith(".weight")
+
+
+def _dit_spread(name: str, shape: Shape) -> float:
     """Standard deviation of a random parameter."""
     if name.endswith(".bias"):
         return 0.02
@@ -496,3 +506,14 @@ def _spread(name: str, shape: Shape) -> float:
     fan_in = math.prod(shape[1:])
     # Half as strong: gates, shifts and scales near 0.2, so that 56 branches add up to about 1.
     return (0.5 if "adaLN_modulation" in name else 1.0) / math.sqrt(fan_in)
+
+
+def _uvit_spread(name: str, shape: Shape) -> float:
+    """Standard deviation of a random parameter."""
+    if len(shape) == 1:
+        return 0.02
+    if name in ("pos_embed", "label_emb.weight"):
+        return 0.5
+    # There are no gates: weaker branches, so that 58 of them add up to about 1.
+    weak = name.endswith(("attn.proj.weight", "mlp.fc2.weight"))
+    return (0.4 if weak else 1.0) / math.sqrt(math.prod(shape[1:]))

@@ -196,26 +196,16 @@ class DiT(nn.Module):
             x, branches[a], branches[m] = block(x, c, reuse.get(a), reuse.get(m))
         return self.unpatchify(self.final_layer(x, c)), branches
 
+    def branch_modules(self) -> dict[str, nn.Module]:
+        """Slot to the module whose output it is, in execution order."""
+        return {
+            slot(i, part): getattr(block, part)
+            for i, block in enumerate(self.blocks)
+            for part in ("attn", "mlp")
+        }
+
     def unpatchify(self, x: Tensor) -> Tensor:
         """(R, N, P*P*C) to (R, C, S, S)."""
         p, side = self.config.patch_size, self.config.input_size // self.config.patch_size
         x = x.reshape(x.shape[0], side, side, p, p, self.config.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, side * p, side * p)
-
-
-def guide(prediction: Tensor, scale: Tensor | float, config: DiTConfig) -> Tensor:
-    """Classifier-free guidance of a batched call (Ho & Salimans 2022, arXiv 2207.12598).
-
-    Args:
-        prediction: (2B, C or 2C, S, S), conditional rows first.
-        scale: Guidance scale; 1 is the conditional prediction.
-        config: Says how many leading channels are guided; the rest keep the conditional half.
-
-    Returns:
-        (B, C, S, S) guided noise prediction.
-    """
-    pair = prediction[:, : config.in_channels].reshape(2, -1, *config.latent_shape)
-    cond, uncond = pair.unbind(0)
-    g = config.guidance_channels
-    guided = uncond[:, :g] + scale * (cond[:, :g] - uncond[:, :g])
-    return torch.cat([guided, cond[:, g:]], dim=1) if g < config.in_channels else guided

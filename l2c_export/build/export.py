@@ -19,9 +19,9 @@ import torch
 from onnxscript import opset20 as op
 from torch import Tensor, nn
 
-from l2c_export.build.dit import DiT, guide
+from l2c_export.build.models import build_model, guide
 from l2c_export.build.weights import WeightsLayout
-from l2c_export.core.models import DiTConfig
+from l2c_export.core.models import ModelConfig
 
 OPSET = 20
 
@@ -29,9 +29,9 @@ OPSET = 20
 class Guided(nn.Module):
     """One call as the sampler sees it: guidance inside, every branch an output."""
 
-    def __init__(self, config: DiTConfig, guidance: bool) -> None:
+    def __init__(self, config: ModelConfig, guidance: bool) -> None:
         super().__init__()
-        self.model = DiT(config)
+        self.model = build_model(config)
         self.guidance = guidance
 
     def forward(
@@ -47,7 +47,7 @@ class Guided(nn.Module):
 
 
 def export_full(
-    config: DiTConfig, layout: WeightsLayout, *, guidance: bool, batch: tuple[int, int]
+    config: ModelConfig, layout: WeightsLayout, *, guidance: bool, batch: tuple[int, int]
 ) -> ir.Model:
     """Export the whole network.
 
@@ -74,7 +74,7 @@ def export_full(
     return model
 
 
-def _trace(config: DiTConfig, guidance: bool) -> torch.onnx.ONNXProgram:
+def _trace(config: ModelConfig, guidance: bool) -> torch.onnx.ONNXProgram:
     with torch.device("meta"):
         module = Guided(config, guidance).eval()
         batch = torch.export.Dim("batch", min=1, max=4096)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from l2c_export.core.models import DiTConfig, preset, read_model_config
+from l2c_export.core.models import ModelConfig, preset, read_model_config
 from l2c_export.core.plan import Plan, make_plan
 from l2c_export.core.policies import Policy, fora, random_like
 from l2c_export.core.samplers import sampler_table
@@ -46,7 +46,7 @@ class ScheduleOptions:
     max_graphs: int | None = None
 
     @property
-    def config(self) -> DiTConfig:
+    def config(self) -> ModelConfig:
         """The model's configuration."""
         if self.model_config is not None:
             if self.model_config.is_dir():
@@ -76,7 +76,7 @@ def plan_from_options(options: ScheduleOptions) -> Plan:
     )
 
 
-def _schedule(options: ScheduleOptions, config: DiTConfig) -> Schedule:
+def _schedule(options: ScheduleOptions, config: ModelConfig) -> Schedule:
     calls = options.steps or _DEFAULT_CALLS
     if options.uncached:
         return uncached(config.slots, calls)
@@ -88,13 +88,13 @@ def _schedule(options: ScheduleOptions, config: DiTConfig) -> Schedule:
     return random_like(_routed(options, config), policy.number, config.slot_macs(), policy.option)
 
 
-def _routed(options: ScheduleOptions, config: DiTConfig) -> Schedule:
+def _routed(options: ScheduleOptions, config: ModelConfig) -> Schedule:
     router = _router(options, config)
     calls = options.steps or router.calls
     return threshold_router(router, config.slots, options.sampler, calls, options.threshold)
 
 
-def _router(options: ScheduleOptions, config: DiTConfig) -> Router:
+def _router(options: ScheduleOptions, config: ModelConfig) -> Router:
     from l2c_export.build.router_file import read_router
 
     path = options.router

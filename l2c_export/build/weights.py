@@ -15,7 +15,7 @@ from torch import Tensor
 
 from l2c_export.core.bundle import WEIGHTS
 from l2c_export.core.files import replacing
-from l2c_export.core.models import DiTConfig, Shape
+from l2c_export.core.models import ModelConfig, Shape
 
 _ALIGNMENT = 4096  # the data starts on a page, so that it can be mapped
 
@@ -24,7 +24,7 @@ _ALIGNMENT = 4096  # the data starts on a page, so that it can be mapped
 class WeightsLayout:
     """Where each parameter lies in ``weights.safetensors``; known before any weight is."""
 
-    config: DiTConfig
+    config: ModelConfig
 
     @cached_property
     def spans(self) -> dict[str, tuple[int, int]]:

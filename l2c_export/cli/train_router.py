@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from l2c_export.cli.options import FILE
-from l2c_export.core.models import DiTConfig, preset, read_model_config
+from l2c_export.core.models import ModelConfig, preset, read_model_config
 from l2c_export.train.recipe import LATENT_SCALE, Recipe
 
 
@@ -86,7 +86,7 @@ def command(model: str | None, model_config: Path | None, as_json: bool, **value
     click.echo(f"{result.output}  {result.iterations} iterations in {result.seconds:.0f} s")
 
 
-def _config(model: str | None, model_config: Path | None) -> DiTConfig:
+def _config(model: str | None, model_config: Path | None) -> ModelConfig:
     if (model is None) == (model_config is None):
         raise click.UsageError("give one of --model NAME and --model-config FILE")
     return preset(model) if model is not None else read_model_config(model_config)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from l2c_export.core.models import DiTConfig
+from l2c_export.core.models import ModelConfig
 from l2c_export.core.samplers import Call
 from l2c_export.core.schedule import Schedule
 from l2c_export.errors import L2CError
@@ -122,7 +122,7 @@ class Plan:
         costs: What it costs.
     """
 
-    config: DiTConfig
+    config: ModelConfig
     schedule: Schedule
     asked: Schedule
     calls: tuple[PlannedCall, ...]
@@ -137,7 +137,7 @@ class Plan:
 
 
 def make_plan(
-    config: DiTConfig,
+    config: ModelConfig,
     schedule: Schedule,
     calls: tuple[Call, ...],
     *,
@@ -224,7 +224,7 @@ def _allocate(graphs: list[StepGraph]) -> tuple[list[tuple[dict[str, int], dict[
 
 
 def _costs(
-    config: DiTConfig, graphs: list[StepGraph], rows: int, value: int, slot_bytes: int, buffers: int
+    config: ModelConfig, graphs: list[StepGraph], rows: int, value: int, slot_bytes: int, buffers: int
 ) -> Costs:
     owned: dict[str, int] = {}
     for name, shape in config.parameters().items():
@@ -246,7 +246,7 @@ def _costs(
 
 
 def _merge(
-    reuse: NDArray[np.bool_], config: DiTConfig, rows: int, slot_bytes: int, budget: int | None
+    reuse: NDArray[np.bool_], config: ModelConfig, rows: int, slot_bytes: int, budget: int | None
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Merge the cheapest pair of graphs while that is almost free, or the budget asks for it.
 

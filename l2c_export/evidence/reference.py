@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from l2c_export.build.checkpoint import open_checkpoint
-from l2c_export.build.dit import Branches, DiT, guide
+from l2c_export.build.models import Branches, build_model, guide
 from l2c_export.core.bundle import WEIGHTS, Bundle
-from l2c_export.core.models import DiTConfig, config_from_json
+from l2c_export.core.models import ModelConfig, config_from_json
 
 
 class Step(Protocol):
@@ -59,9 +59,9 @@ class Reference:
         guidance: Whether a call evaluates a conditional and an unconditional row for each latent.
     """
 
-    def __init__(self, config: DiTConfig, state: Mapping[str, Tensor], guidance: bool = True) -> None:
+    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor], guidance: bool = True) -> None:
         with torch.device("meta"):
-            self.model = DiT(config)
+            self.model = build_model(config)
         self.model.load_state_dict(dict(state), assign=True)
         self.model.eval().requires_grad_(False)
         self.config = config

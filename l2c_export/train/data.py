@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from l2c_export.core.files import sha256
-from l2c_export.core.models import DiTConfig
+from l2c_export.core.models import ModelConfig
 from l2c_export.errors import L2CError
 
 _PICTURES = (".png", ".jpg", ".jpeg")
@@ -36,7 +36,7 @@ class Dataset(Protocol):
         """(R, C, S, S) float32 latents and (R,) int64 labels."""
 
 
-def read_dataset(path: Path, config: DiTConfig, latent_scale: float = 1.0) -> Dataset:
+def read_dataset(path: Path, config: ModelConfig, latent_scale: float = 1.0) -> Dataset:
     """Open training data and check what can be checked without reading all of it.
 
     Args:
@@ -80,7 +80,7 @@ class _Arrays:
         return torch.from_numpy(_finite(x, self.where)), torch.from_numpy(self.labels[rows])
 
 
-def _open_npz(path: Path, config: DiTConfig, scale: float) -> _Arrays:
+def _open_npz(path: Path, config: ModelConfig, scale: float) -> _Arrays:
     try:
         with path.open("rb") as file:  # NumPy would leave a damaged file open
             stored = np.load(file, allow_pickle=False)
@@ -105,7 +105,7 @@ def _open_npz(path: Path, config: DiTConfig, scale: float) -> _Arrays:
     return _Arrays(values, labels, kind == "latents", scale, sha256(path), str(path))
 
 
-def _check_labels(labels: NDArray[Any], config: DiTConfig, path: Path) -> NDArray[np.int64]:
+def _check_labels(labels: NDArray[Any], config: ModelConfig, path: Path) -> NDArray[np.int64]:
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
         raise L2CError(f"{path}: 'labels' is {labels.shape} {labels.dtype}, it must be (M,) integers")
     low, high = int(labels.min()), int(labels.max())
@@ -123,7 +123,7 @@ class _Folder:
 
     files: Sequence[Path]
     labels: NDArray[np.int64]  # (M,)
-    config: DiTConfig
+    config: ModelConfig
     scale: float
     digest: str
 
@@ -143,7 +143,7 @@ class _Folder:
         return _finite(x, str(path))
 
 
-def _open_folder(path: Path, config: DiTConfig, scale: float) -> _Folder:
+def _open_folder(path: Path, config: ModelConfig, scale: float) -> _Folder:
     classes = sorted(entry for entry in path.iterdir() if entry.is_dir())
     if classes and all(entry.name.isdecimal() for entry in classes):
         numbers = [int(entry.name) for entry in classes]
@@ -164,7 +164,7 @@ def _open_folder(path: Path, config: DiTConfig, scale: float) -> _Folder:
     return data
 
 
-def _picture(path: Path, config: DiTConfig) -> NDArray[np.uint8]:
+def _picture(path: Path, config: ModelConfig) -> NDArray[np.uint8]:
     """(C, H, W) of an image file."""
     from PIL import Image, UnidentifiedImageError
 

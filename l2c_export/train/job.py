@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from l2c_export.build.checkpoint import Checkpoint, open_checkpoint
-from l2c_export.build.dit import DiT
 from l2c_export.build.download import find_checkpoint
+from l2c_export.build.models import Model, build_model
 from l2c_export.build.router_file import write_router
-from l2c_export.core.models import DiTConfig
+from l2c_export.core.models import ModelConfig
 from l2c_export.errors import L2CError
 from l2c_export.train.data import read_dataset
 from l2c_export.train.recipe import LATENT_SCALE, Recipe
@@ -41,7 +41,7 @@ class Job:
         checkpoint_every: Iterations between checkpoints.
     """
 
-    config: DiTConfig
+    config: ModelConfig
     recipe: Recipe
     data: Path
     output: Path
@@ -129,10 +129,10 @@ def train_router(job: Job, progress: Progress = _silent) -> Result | None:
         )
 
 
-def load_model(weights: Checkpoint) -> DiT:
+def load_model(weights: Checkpoint) -> Model:
     """The eager model with a checkpoint's weights in float32."""
     with torch.device("meta"):
-        model = DiT(weights.config)
+        model = build_model(weights.config)
     model.load_state_dict(dict(weights.iter_tensors()), assign=True)
     return model
 

@@ -22,8 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from l2c_export.build.dit import Branches, DiT
-from l2c_export.core.models import slot
+from l2c_export.build.models import Branches, Model
 from l2c_export.core.samplers import Call, linear_alphas_cumprod, sampler_table
 from l2c_export.core.schedule import Router
 from l2c_export.errors import L2CError
@@ -39,7 +38,7 @@ Progress = Callable[[int, int, float], None]
 
 
 @contextmanager
-def mixing(model: DiT, cached: Branches, weights: Tensor) -> Iterator[None]:
+def mixing(model: Model, cached: Branches, weights: Tensor) -> Iterator[None]:
     """Within this block every branch of the model gives (1 - w) * cached + w * fresh.
 
     Args:
@@ -52,10 +51,8 @@ def mixing(model: DiT, cached: Branches, weights: Tensor) -> Iterator[None]:
         return lambda module, args, fresh: (1 - w) * reused + w * fresh
 
     handles = []
-    for i, block in enumerate(model.blocks):
-        for j, part in enumerate(("attn", "mlp")):
-            hook = mix(cached[slot(i, part)], weights[2 * i + j])
-            handles.append(getattr(block, part).register_forward_hook(hook))
+    for (name, module), w in zip(model.branch_modules().items(), weights, strict=True):
+        handles.append(module.register_forward_hook(mix(cached[name], w)))
     try:
         yield
     finally:
@@ -64,7 +61,7 @@ def mixing(model: DiT, cached: Branches, weights: Tensor) -> Iterator[None]:
 
 
 def pair_loss(
-    model: DiT, pair: tuple[Call, Call], noisy: Tensor, labels: Tensor, weights: Tensor
+    model: Model, pair: tuple[Call, Call], noisy: Tensor, labels: Tensor, weights: Tensor
 ) -> Tensor:
     """Mean squared error of the student against the teacher, over rows and all output channels.
 
@@ -154,7 +151,7 @@ class Trainer:
         workers: The processes that share it.
     """
 
-    def __init__(self, model: DiT, data: Dataset, run: Run, workers: Workers) -> None:
+    def __init__(self, model: Model, data: Dataset, run: Run, workers: Workers) -> None:
         if run.recipe.batch % workers.count:
             raise L2CError(
                 f"--batch {run.recipe.batch} cannot be shared by {workers.count} processes; "

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from l2c_export.core.files import replacing
-from l2c_export.core.models import DiTConfig
+from l2c_export.core.models import ModelConfig
 from l2c_export.errors import L2CError
 from l2c_export.train.recipe import Recipe
 
@@ -37,7 +37,7 @@ class Run:
     """
 
     recipe: Recipe
-    config: DiTConfig
+    config: ModelConfig
     weights: str
     data: str
     processes: int = 1

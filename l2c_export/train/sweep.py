@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from l2c_export.core.models import DiTConfig
+from l2c_export.core.models import ModelConfig
 from l2c_export.core.plan import make_plan
 from l2c_export.core.samplers import sampler_table
 from l2c_export.core.schedule import Router, threshold_router
@@ -33,7 +33,7 @@ class SweepRow:
 
 
 def sweep(
-    router: Router, config: DiTConfig, thresholds: Sequence[float] = THRESHOLDS
+    router: Router, config: ModelConfig, thresholds: Sequence[float] = THRESHOLDS
 ) -> list[SweepRow]:
     """Harden a router at each threshold and plan it, with guidance."""
     routed = int(router.routed.sum()) * len(config.slots)
