@@ -18,6 +18,7 @@ import tiny
 
 from l2c_export.build.build import JOURNAL, build_bundle
 from l2c_export.core.bundle import MANIFEST, WEIGHTS, read_bundle
+from l2c_export.core.plan import StepGraph
 from l2c_export.errors import L2CError, UnsupportedError
 
 CLI = [sys.executable, "-c", "from l2c_export.cli import main; main()"]
@@ -321,3 +322,14 @@ def finish(files: Path, folder: Path) -> dict[str, bytes]:
     """Run the command to its end; return what lies in the folder."""
     subprocess.run(command_line(files, folder), check=True, capture_output=True)
     return tiny.contents(folder)
+
+
+def test_graphs_beside_the_plans_own_are_cut_too(copy, tiny_plan, tiny_bundle):
+    more = StepGraph(("00.attn",), ("01.mlp",))
+    made = build_bundle(copy, tiny.request(tiny_plan, more_graphs=(more,))).manifest
+    assert set(made.graphs) - set(tiny_bundle.manifest.graphs) == {more.name}
+    assert {value.name for value in made.graphs[more.name].inputs} >= {"x", "00.attn"}
+    assert [value.name for value in made.graphs[more.name].outputs] == ["output", "01.mlp"]
+    assert made.calls == tiny_bundle.manifest.calls
+    build_bundle(copy, tiny.request(tiny_plan))
+    assert tiny.contents(copy) == tiny.contents(tiny_bundle.path)

@@ -81,6 +81,7 @@ class Request:
         batch: Smallest and largest number of latents in a call; equal ones fix the shapes.
         guidance_scale: The bundle's default scale.
         preset: Name of the model, if it has one.
+        more_graphs: Step graphs that no call of the plan uses, for other programs on this bundle.
     """
 
     plan: Plan
@@ -89,6 +90,7 @@ class Request:
     batch: tuple[int, int] = (1, 1)
     guidance_scale: float = 4.0
     preset: str | None = None
+    more_graphs: tuple[StepGraph, ...] = ()
 
 
 def build_bundle(output: Path, request: Request, progress: Progress = lambda *_: None) -> Bundle:
@@ -159,7 +161,8 @@ class _Build:
         self._make(WEIGHTS, self._weights_key, self._write_weights)
         self._make("full.onnx", self._full_key, lambda path: self._save(self._full, path))
         graphs = {"full": self._interface("full.onnx")}
-        wanted = {CONDITIONING: None, **{g.name: g for g in (*self.plan.graphs, _UNCACHED)}}
+        steps = (*self.plan.graphs, _UNCACHED, *self.request.more_graphs)
+        wanted = {CONDITIONING: None, **{graph.name: graph for graph in steps}}
         for i, (name, step) in enumerate(wanted.items()):
             self.progress("graphs", i, len(wanted))
             self._make(f"{name}.onnx", key_of(self._full_key, name), self._cutter(step))
@@ -305,9 +308,13 @@ class _Build:
             full="full",
             uncached=_UNCACHED.name,
             graphs=graphs,
-            calls=tuple(
-                ProgramCall(c.graph.name, c.call.timestep, c.call.update, c.reads, c.writes)
-                for c in plan.calls
-            ),
+            calls=program(plan),
             files=self.files,
         )
+
+
+def program(plan: Plan) -> tuple[ProgramCall, ...]:
+    """The calls of a plan as a manifest has them."""
+    return tuple(
+        ProgramCall(c.graph.name, c.call.timestep, c.call.update, c.reads, c.writes) for c in plan.calls
+    )

@@ -66,7 +66,15 @@ def plan_from_options(options: ScheduleOptions) -> Plan:
         L2CError: The parts do not fit each other, or a file is missing or broken.
     """
     config = options.config
-    schedule = _schedule(options, config)
+    return plan_schedule(options, config, _schedule(options, config))
+
+
+def plan_schedule(options: ScheduleOptions, config: ModelConfig, schedule: Schedule) -> Plan:
+    """Plan a schedule with the sampler, the guidance and the budget of the options.
+
+    Raises:
+        L2CError: The parts do not fit each other.
+    """
     return make_plan(
         config,
         schedule,
@@ -89,12 +97,17 @@ def _schedule(options: ScheduleOptions, config: ModelConfig) -> Schedule:
 
 
 def _routed(options: ScheduleOptions, config: ModelConfig) -> Schedule:
-    router = _router(options, config)
+    router = router_from_options(options, config)
     calls = options.steps or router.calls
     return threshold_router(router, config.slots, options.sampler, calls, options.threshold)
 
 
-def _router(options: ScheduleOptions, config: ModelConfig) -> Router:
+def router_from_options(options: ScheduleOptions, config: ModelConfig) -> Router:
+    """Read the router that the options name, or the released one of their model.
+
+    Raises:
+        L2CError: There is none, or its file is broken or for another family of models.
+    """
     from l2c_export.build.router_file import read_router
 
     path = options.router

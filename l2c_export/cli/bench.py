@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from l2c_export.cli.options import FILE, show_progress, write_report
+from l2c_export.cli.options import FILE, write_report
 from l2c_export.cli.profile_option import profile_option
+from l2c_export.cli.progress import show_progress
 from l2c_export.evidence.bench import PEERS, bench
 from l2c_export.evidence.bench_report import bench_table
 from l2c_export.runtime.backends import BACKENDS

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from l2c_export.build.build_options import (
+    default_folder,
+    request_from_options,
+    weights_from_options,
+)
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.cli.options import FILE, schedule_options
 from l2c_export.cli.profile_option import profile_option
+from l2c_export.cli.progress import show_progress
 from l2c_export.core.bundle import WEIGHTS, Bundle
 from l2c_export.core.plan_report import plan_json, plan_table
-from l2c_export.errors import L2CError
-
-if TYPE_CHECKING:
-    from l2c_export.build.checkpoint import Checkpoint
 
 
 @click.command()
@@ -57,50 +55,19 @@ def command(
         click.echo(json.dumps(plan_json(plan, batch)) if as_json else plan_table(plan, batch))
         return
     start = time.monotonic()
-    from l2c_export.build.build import Request, build_bundle
+    from l2c_export.build.build import build_bundle
 
-    name = options.model or (options.model_config.stem if options.model_config else "model")
-    folder = output or Path(f"{name}-{options.sampler}-{len(plan.calls)}")
-    weights = _weights(options, checkpoint, random_weights)
+    folder = output or default_folder(options, len(plan.calls))
+    weights = weights_from_options(options, checkpoint, random_weights)
     if random_weights is not None:
         click.secho(
             "warning: random weights: for plans and benchmarks, not for pictures", fg="yellow", err=True
         )
-    plan = replace(plan, config=weights.config)  # a diffusers folder has constants of its own
-    scale = 4.0 if guidance_scale is None else guidance_scale  # the official sample.py's
-    request = Request(plan, weights, options.sampler, options.batch, scale, options.model)
-    with _progress(shown=not as_json) as progress:
+    request = request_from_options(options, plan, weights, guidance_scale)
+    with show_progress(not as_json, keep=True) as progress:
         bundle = build_bundle(folder, request, progress)
     facts = _facts(bundle, time.monotonic() - start)
     click.echo(json.dumps(facts) if as_json else _summary(facts))
-
-
-def _weights(options: ScheduleOptions, checkpoint: Path | None, seed: int | None) -> Checkpoint:
-    from l2c_export.build.checkpoint import open_checkpoint, random_checkpoint
-    from l2c_export.build.download import find_checkpoint
-
-    if seed is not None:
-        return random_checkpoint(options.config, seed)
-    if checkpoint is None:
-        if options.model is None:
-            raise L2CError("give the weights: --checkpoint FILE, or --random-weights SEED")
-        checkpoint = find_checkpoint(options.model)
-    return open_checkpoint(checkpoint, options.config)
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """On a terminal a line that moves; elsewhere a line when something is done."""
-    terminal, start = sys.stderr.isatty(), time.monotonic()
-
-    def progress(what: str, done: int, total: int) -> None:
-        seconds = time.monotonic() - start
-        if terminal and shown:
-            click.echo(f"\r\033[K{seconds:6.1f} s  {what}  {100 * done // total} %", nl=False, err=True)
-        if shown and done == total:
-            click.echo(("\r\033[K" if terminal else "") + f"{seconds:6.1f} s  {what} done", err=True)
-
-    yield progress
 
 
 def _facts(bundle: Bundle, seconds: float) -> dict[str, Any]:

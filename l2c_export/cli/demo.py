@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from l2c_export.cli.options import FILE, show_progress
+from l2c_export.cli.options import FILE
+from l2c_export.cli.progress import show_progress
 from l2c_export.evidence.demo import run_demo
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -122,22 +120,6 @@ def _check_usage(options: ScheduleOptions) -> None:
     if options.model is not None and options.model not in PRESETS:
         known = ", ".join(PRESETS)
         raise click.BadParameter(f"{options.model!r} is not one of: {known}", param_hint="--model")
-
-
-@contextmanager
-def show_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function that shows how far things are, on a terminal only."""
-    terminal = sys.stderr.isatty()
-
-    def show(what: str, done: int, total: int) -> None:
-        if terminal:
-            click.echo(f"\r\033[K{what} {done}/{total}", nl=False, err=True)
-
-    try:
-        yield show
-    finally:
-        if terminal:
-            click.echo("\r\033[K", nl=False, err=True)
 
 
 def write_report(path: Path, data: Any) -> None:

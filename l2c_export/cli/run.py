@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,10 @@ import click
 
 from l2c_export.cli.options import FILE, parse_labels
 from l2c_export.cli.profile_option import profile_option
+from l2c_export.cli.progress import show_progress
 from l2c_export.core.bundle import read_bundle
 from l2c_export.evidence.images import IMAGE_CHANNELS
-from l2c_export.evidence.samples import Progress, SampleOptions, latent_note, sample_to_files
+from l2c_export.evidence.samples import SampleOptions, latent_note, sample_to_files
 from l2c_export.runtime.backends import BACKENDS
 
 
@@ -46,8 +44,13 @@ def command(bundle: Path, output: Path, as_json: bool, **options: Any) -> None:
     manifest = read_bundle(bundle).manifest
     if manifest.random_weights:
         click.secho("warning: the weights are random, and so are the results", fg="yellow", err=True)
-    with _progress_bar(shown=not as_json) as progress:
-        facts = sample_to_files(bundle, SampleOptions(**options), output, progress)
+    with show_progress(not as_json) as progress:
+        facts = sample_to_files(
+            bundle,
+            SampleOptions(**options),
+            output,
+            lambda done, total: progress("sampling: call", done, total),
+        )
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
@@ -67,18 +70,3 @@ def _summary(facts: dict[str, Any]) -> str:
             *facts["outputs"],
         ]
     )
-
-
-@contextmanager
-def _progress_bar(shown: bool) -> Iterator[Progress]:
-    """A bar on a terminal's stderr; nothing elsewhere."""
-    if not (shown and sys.stderr.isatty()):
-        yield lambda done, total: None
-        return
-    with click.progressbar(length=1, label="sampling", file=sys.stderr, show_pos=True) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        yield progress

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import click
 
 from l2c_export.cli.options import FILE
+from l2c_export.cli.progress import show_progress
 from l2c_export.core.models import ModelConfig, preset, read_model_config
 from l2c_export.train.recipe import LATENT_SCALE, Recipe
 
@@ -75,8 +73,11 @@ def command(model: str | None, model_config: Path | None, as_json: bool, **value
     from l2c_export.train.job import Job, train_router
     from l2c_export.train.sweep import sweep_table
 
-    with _progress(shown=not as_json) as progress:
-        result = train_router(Job(config, recipe, preset=model, **values), progress)
+    with show_progress(not as_json) as progress:
+        result = train_router(
+            Job(config, recipe, preset=model, **values),
+            lambda done, total, loss: progress(f"training, loss {loss:.3g}:", done, total),
+        )
     if result is None:  # another process of the same training reports
         return
     if as_json:
@@ -90,19 +91,3 @@ def _config(model: str | None, model_config: Path | None) -> ModelConfig:
     if (model is None) == (model_config is None):
         raise click.UsageError("give one of --model NAME and --model-config FILE")
     return preset(model) if model is not None else read_model_config(model_config)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[int, int, float], None]]:
-    """A line on a terminal's stderr; nothing elsewhere."""
-    terminal = shown and sys.stderr.isatty()
-
-    def progress(done: int, total: int, loss: float) -> None:
-        if terminal:
-            click.echo(f"\r\033[Ktraining {done}/{total}  loss {loss:.3g}", nl=False, err=True)
-
-    try:
-        yield progress
-    finally:
-        if terminal:
-            click.echo("\r\033[K", nl=False, err=True)

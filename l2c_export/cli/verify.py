@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from l2c_export.cli.options import FILE, parse_labels, show_progress, write_report
+from l2c_export.cli.options import FILE, parse_labels, write_report
 from l2c_export.cli.profile_option import profile_option
+from l2c_export.cli.progress import show_progress
 from l2c_export.evidence.verify import Settings, report_json, report_table, verify
 from l2c_export.runtime import Runner
 from l2c_export.runtime.backends import BACKENDS

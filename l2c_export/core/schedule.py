@@ -110,11 +110,14 @@ def threshold_router(
     if router.slots is not None and router.slots != tuple(slots):
         other = next(name for name, ours in zip(router.slots, slots, strict=True) if name != ours)
         raise L2CError(f"{name} was trained for other sub-layers: it has {other!r}; they do not match")
-    logits = router.logits[router.routed]
-    if not np.isfinite(logits).all():
+    if not np.isfinite(router.logits[router.routed]).all():
         raise L2CError(f"{name} has scores that are not finite in calls that it routes")
     reuse = np.zeros(router.logits.shape, bool)
-    scores = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
-    reuse[router.routed] = ~(scores > threshold)
+    reuse[router.routed] = ~(routed_scores(router) > threshold)
     source = {"kind": "router", "threshold": threshold, "routed_calls": int(router.routed.sum())}
     return Schedule(tuple(slots), reuse, source | {"router": router.source})
+
+
+def routed_scores(router: Router) -> NDArray[np.float64]:
+    """(routed calls, slots): ``sigmoid(logit)`` of the calls that the router decides."""
+    return 1.0 / (1.0 + np.exp(-router.logits[router.routed].astype(np.float64)))

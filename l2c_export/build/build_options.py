@@ -1,0 +1,64 @@
+"""From what a user asks for to a build: the weights, the guidance scale, the bundle's folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from l2c_export.build.schedule_options import ScheduleOptions
+from l2c_export.core.plan import Plan
+from l2c_export.errors import L2CError
+
+if TYPE_CHECKING:
+    from l2c_export.build.build import Request
+    from l2c_export.build.checkpoint import Checkpoint
+
+GUIDANCE_SCALE = 4.0
+"""Where nothing else is said: the official ``sample.py``'s."""
+
+
+def weights_from_options(
+    options: ScheduleOptions, checkpoint: Path | None, seed: int | None
+) -> Checkpoint:
+    """Open or make the weights of the options' model.
+
+    Args:
+        options: Name the model.
+        checkpoint: A file or a diffusers folder; None takes the official one of the preset.
+        seed: Of random weights, instead of a checkpoint.
+
+    Raises:
+        L2CError: There are none, or they do not fit the model.
+    """
+    from l2c_export.build.checkpoint import open_checkpoint, random_checkpoint
+    from l2c_export.build.download import find_checkpoint
+
+    if seed is not None:
+        return random_checkpoint(options.config, seed)
+    if checkpoint is None:
+        if options.model is None:
+            raise L2CError("give the weights: --checkpoint FILE, or --random-weights SEED")
+        checkpoint = find_checkpoint(options.model)
+    return open_checkpoint(checkpoint, options.config)
+
+
+def request_from_options(
+    options: ScheduleOptions, plan: Plan, weights: Checkpoint, guidance_scale: float | None
+) -> Request:
+    """What to build of a plan that was made from the same options."""
+    from l2c_export.build.build import Request
+
+    plan = replace(plan, config=weights.config)  # a diffusers folder has constants of its own
+    scale = GUIDANCE_SCALE if guidance_scale is None else guidance_scale
+    return Request(plan, weights, options.sampler, options.batch, scale, options.model)
+
+
+def default_folder(options: ScheduleOptions, calls: int) -> Path:
+    """Where a bundle goes if nothing else is said: ``MODEL-SAMPLER-CALLS``."""
+    return Path(f"{model_label(options)}-{options.sampler}-{calls}")
+
+
+def model_label(options: ScheduleOptions) -> str:
+    """The preset's name, or that of the file or folder that describes the model."""
+    return options.model or (options.model_config.stem if options.model_config else "model")
