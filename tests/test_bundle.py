@@ -142,11 +142,11 @@ def test_a_manifest_that_says_the_same_in_other_bytes_is_refused_too(copy, chang
         (b"9" * 5000, "is damaged"),
         (b"[]", "is not an l2c-export manifest"),
         (b"{}", "is not an l2c-export manifest"),
-        (b'{"format": "l2c-bundle"}', "manifest version None, this release reads 1"),
-        (b'{"format": "l2c-bundle", "version": 2}', "manifest version 2, this release reads 1"),
+        (b'{"format": "l2c-bundle"}', "manifest version None, this release reads 2"),
+        (b'{"format": "l2c-bundle", "version": 1}', "manifest version 1, this release reads 2"),
         (b'{"format": "l2c-bundle", "version": "1"}', "manifest version '1'"),
-        (b'{"format": "l2c-bundle", "version": 1}', "is damaged"),
-        (b'{"format": "l2c-bundle", "version": 1, "slots": 3, "guidance": 1}', "is damaged"),
+        (b'{"format": "l2c-bundle", "version": 2}', "is damaged"),
+        (b'{"format": "l2c-bundle", "version": 2, "slots": 3, "guidance": 1}', "is damaged"),
     ],
 )
 def test_what_is_no_manifest_of_this_release_is_refused(tmp_path, content, message):
@@ -156,11 +156,11 @@ def test_what_is_no_manifest_of_this_release_is_refused(tmp_path, content, messa
 
 
 def test_a_newer_manifest_is_refused_even_where_its_digest_fits(copy, monkeypatch, manifest):
-    monkeypatch.setattr("l2c_export.core.bundle.VERSION", 2)
+    monkeypatch.setattr("l2c_export.core.bundle.VERSION", 3)
     write_manifest(copy, manifest)
     monkeypatch.undo()
     with pytest.raises(
-        L2CError, match=r"manifest version 2.*build the bundle again or install a matching"
+        L2CError, match=r"manifest version 3.*build the bundle again or install a matching"
     ):
         Runner.load(copy)
 
@@ -215,15 +215,32 @@ PROGRAMS = {
     "no batch": (lambda m: replace(m, batch=(0, 1)), r"batch \(0, 1\) is no range"),
     "backward batch": (lambda m: replace(m, batch=(2, 1)), r"batch \(2, 1\) is no range"),
     "one batch": (lambda m: replace(m, batch=(2,)), r"batch \(2,\) is no range"),
-    "update": (
-        lambda m: with_call(m, 1, update={"x": 1.0, "output": 1.0, "noise": 0.1}),
-        r"call 1 updates with \['noise', 'output', 'x'\], this release knows x and output",
+    "no update": (
+        lambda m: with_call(m, 1, update={"history": {"x": 1.0}}),
+        r"call 1 has no update of x",
     ),
-    "no update": (lambda m: with_call(m, 1, update={"x": 1.0}), r"call 1 updates with \['x'\]"),
+    "target": (
+        lambda m: with_call(m, 1, update={"x": {"x": 1.0}, "past": {"x": 1.0}}),
+        r"call 1 updates \['past'\], this release knows x, history, history2",
+    ),
+    "source": (
+        lambda m: with_call(m, 1, update={"x": {"x": 1.0, "past": 1.0}}),
+        r"call 1 updates from \['past'\], this release knows x, output, noise, history, history2",
+    ),
+    "unwritten history": (
+        lambda m: with_call(m, 0, update={"x": {"history": 1.0}, "history": {"x": 1.0}}),
+        r"call 0 reads \['history'\], which no call before it wrote",
+    ),
+    "noise": (
+        lambda m: with_call(m, 1, update={"x": {"x": 1.0, "noise": 0.1}}),
+        r"call 1 draws noise, though the sampler is not stochastic",
+    ),
+    "empty update": (lambda m: with_call(m, 1, update={"x": {}}), r"call 1 has an update from nothing"),
     "NaN update": (
-        lambda m: with_call(m, 1, update={"x": 1.0, "output": float("nan")}),
-        r"call 1 has a timestep or an update that is no finite number",
+        lambda m: with_call(m, 1, update={"x": {"x": 1.0, "output": float("nan")}}),
+        r"call 1 has an update that is no finite number",
     ),
+    "flat update": (lambda m: with_call(m, 1, update={"x": 1.0}), r"is damaged \(TypeError"),
     "endless time": (lambda m: with_call(m, 3, timestep=float("inf")), r"call 3 has a timestep"),
     "slot": (lambda m: with_call(m, 0, writes={"02.attn": 0}), r"unknown slots \['02.attn'\]"),
     "high buffer": (

@@ -8,7 +8,7 @@ from pathlib import Path
 from l2c_export.core.models import ModelConfig, preset, read_model_config
 from l2c_export.core.plan import Plan, make_plan
 from l2c_export.core.policies import Policy, fora, random_like
-from l2c_export.core.samplers import sampler_table
+from l2c_export.core.samplers import model_table
 from l2c_export.core.schedule import Router, Schedule, threshold_router, uncached
 from l2c_export.errors import L2CError
 
@@ -78,7 +78,7 @@ def plan_schedule(options: ScheduleOptions, config: ModelConfig, schedule: Sched
     return make_plan(
         config,
         schedule,
-        sampler_table(options.sampler, schedule.calls),
+        model_table(options.sampler, schedule.calls, config),
         guidance=options.guidance,
         max_graphs=options.max_graphs,
     )
