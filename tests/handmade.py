@@ -78,11 +78,11 @@ def write_bundle(folder: Path, *, guidance: bool = True, batch: tuple[int, int] 
         weights={"kind": "random", "seed": 0},
         schedule={"kind": "handmade", "removed": 6, "asked": 6},
         sampler="ddim",
-        stochastic=False,
         latent=LATENT,
         classes=CLASSES,
         batch=batch,
         guidance=Guidance(SCALE, 3, CLASSES) if guidance else None,
+        precision="float32",
         slots=Slots(SLOTS, (TOKENS, WIDTH), "float32"),
         buffers=4,
         full="full",
@@ -92,7 +92,7 @@ def write_bundle(folder: Path, *, guidance: bool = True, batch: tuple[int, int] 
             ProgramCall(
                 _name(reads, writes),
                 float(999 - 100 * i),
-                {"x": {"x": float(np.cos(a)), "output": float(np.sin(a))}},
+                {"x": float(np.cos(a)), "output": float(np.sin(a))},
                 reads,
                 writes,
             )

@@ -47,7 +47,6 @@ from l2c_export.core.bundle import (
 from l2c_export.core.files import key_of, remove_partial, replacing, sha256, write_json
 from l2c_export.core.plan import Plan, StepGraph
 from l2c_export.core.plan_report import plan_json
-from l2c_export.core.samplers import is_stochastic
 from l2c_export.errors import L2CError, UnsupportedError
 
 _log = logging.getLogger(__name__)
@@ -150,7 +149,7 @@ class _Build:
         self.request = request
         self.plan = request.plan
         self.progress = progress
-        self.layout = WeightsLayout(self.plan.config)
+        self.layout = WeightsLayout(self.plan.config, self.plan.precision)
         self.files: dict[str, File] = {}
         self.kept: dict[str, File] = {}
 
@@ -184,13 +183,15 @@ class _Build:
 
     @cached_property
     def _weights_key(self) -> str:
-        return key_of("weights", self.plan.config.to_json(), self.request.weights.source)
+        precision = self.plan.precision.name
+        return key_of("weights", self.plan.config.to_json(), precision, self.request.weights.source)
 
     @cached_property
     def _full_key(self) -> str:
         makers = (torch, onnx, onnxscript, ir)
         versions = (__version__, OPSET, *(maker.__version__ for maker in makers))
-        request = (self.plan.config.to_json(), self.plan.guidance, self.request.batch)
+        plan = self.plan
+        request = (plan.config.to_json(), plan.precision.name, plan.guidance, self.request.batch)
         return key_of("full", versions, request)
 
     @cached_property
@@ -300,12 +301,12 @@ class _Build:
             schedule=plan.asked.source
             | {"removed": plan.schedule.removed, "asked": plan.asked.removed},
             sampler=self.request.sampler,
-            stochastic=is_stochastic([c.call for c in plan.calls]),
             latent=config.latent_shape,
             classes=config.num_classes,
             batch=self.request.batch,
             guidance=guidance if plan.guidance else None,
-            slots=Slots(config.slots, config.slot_shape, "float32"),
+            precision=plan.precision.name,
+            slots=Slots(config.slots, config.slot_shape, plan.precision.slots),
             buffers=plan.buffers,
             full="full",
             uncached=_UNCACHED.name,

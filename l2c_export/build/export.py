@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
@@ -20,8 +21,10 @@ from onnxscript import opset20 as op
 from torch import Tensor, nn
 
 from l2c_export.build.models import build_model, guide
+from l2c_export.build.precision import cast_model
 from l2c_export.build.weights import WeightsLayout
 from l2c_export.core.models import ModelConfig
+from l2c_export.core.precision import FLOAT32, Precision
 
 OPSET = 20
 
@@ -29,9 +32,10 @@ OPSET = 20
 class Guided(nn.Module):
     """One call as the sampler sees it: guidance inside, every branch an output."""
 
-    def __init__(self, config: ModelConfig, guidance: bool) -> None:
+    def __init__(self, config: ModelConfig, guidance: bool, precision: Precision = FLOAT32) -> None:
         super().__init__()
         self.model = build_model(config)
+        cast_model(self.model, config, precision)
         self.guidance = guidance
 
     def forward(
@@ -53,16 +57,17 @@ def export_full(
 
     Args:
         config: The model.
-        layout: Where each parameter lies in the weights file.
+        layout: Where each parameter lies in the weights file, and in which precision.
         guidance: Whether conditional and unconditional rows are batched inside.
         batch: Smallest and largest number of latents; equal ones fix the shape.
 
     Returns:
         Graph ``full``: inputs ``x`` (batch, C, S, S), ``timestep`` (rows,) float32, ``label``
         (rows,) int64 and, with guidance, ``guidance_scale`` (1,); outputs ``output``
-        (batch, C, S, S) and one (rows, N, D) for each slot, under the slot's name.
+        (batch, C, S, S) and one (rows, N, D) for each slot, under the slot's name and in the
+        precision's dtype. The others are float32 in every precision.
     """
-    program = _trace(config, guidance)
+    program = _trace(config, guidance, layout.precision)
     model = program.model
     for value in model.graph.initializers.values():
         if isinstance(raw := getattr(value.const_value, "raw", None), Tensor) and raw.is_meta:
@@ -74,9 +79,9 @@ def export_full(
     return model
 
 
-def _trace(config: ModelConfig, guidance: bool) -> torch.onnx.ONNXProgram:
+def _trace(config: ModelConfig, guidance: bool, precision: Precision) -> torch.onnx.ONNXProgram:
     with torch.device("meta"):
-        module = Guided(config, guidance).eval()
+        module = Guided(config, guidance, precision).eval()
         batch = torch.export.Dim("batch", min=1, max=4096)
         rows: Any = 2 * batch if guidance else batch
         r = 4 if guidance else 2  # an example of 2 latents; 0 and 1 would be specialised
@@ -132,9 +137,16 @@ def _attention(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
     """Attention without a mask, free of shape arithmetic."""
     if args or kwargs:
         raise AssertionError(f"only plain attention is translated, not {args} {kwargs}")
-    scale = op.Constant(value_float=float(int(q.shape[-1]) ** -0.5))
-    scores = op.MatMul(op.Mul(q, scale), op.Transpose(k, perm=[0, 1, 3, 2]))
-    return op.MatMul(op.Softmax(scores, axis=-1), v)
+    dtype: ir.DataType = q.dtype
+    scale = np.array(int(q.shape[-1]) ** -0.5, dtype.numpy())
+    constant: Any = ir.tensor(scale)
+    scaled = op.Mul(q, op.Constant(value=constant))
+    scores = op.MatMul(scaled, op.Transpose(k, perm=[0, 1, 3, 2]))
+    if dtype == ir.DataType.FLOAT:
+        return op.MatMul(op.Softmax(scores, axis=-1), v)
+    wide: Any = op.Cast(scores, to=ir.DataType.FLOAT)
+    weights: Any = op.Softmax(wide, axis=-1)
+    return op.MatMul(op.Cast(weights, to=dtype), v)
 
 
 def _reference_weights(graph: ir.Graph, layout: WeightsLayout) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from l2c_export.core.models import ModelConfig, preset, read_model_config
 from l2c_export.core.plan import Plan, make_plan
 from l2c_export.core.policies import Policy, fora, random_like
-from l2c_export.core.samplers import model_table
+from l2c_export.core.precision import precision_of
+from l2c_export.core.samplers import sampler_table
 from l2c_export.core.schedule import Router, Schedule, threshold_router, uncached
 from l2c_export.errors import L2CError
 
@@ -31,6 +32,7 @@ class ScheduleOptions:
         batch: Smallest and largest number of latents in one call.
         guidance: Whether a call evaluates a conditional and an unconditional row for each latent.
         max_graphs: At most so many step graphs.
+        precision: A name of :data:`l2c_export.core.precision.PRECISIONS`.
     """
 
     model: str | None = None
@@ -44,6 +46,7 @@ class ScheduleOptions:
     batch: tuple[int, int] = (1, 1)
     guidance: bool = True
     max_graphs: int | None = None
+    precision: str = "float32"
 
     @property
     def config(self) -> ModelConfig:
@@ -78,9 +81,10 @@ def plan_schedule(options: ScheduleOptions, config: ModelConfig, schedule: Sched
     return make_plan(
         config,
         schedule,
-        model_table(options.sampler, schedule.calls, config),
+        sampler_table(options.sampler, schedule.calls),
         guidance=options.guidance,
         max_graphs=options.max_graphs,
+        precision=precision_of(options.precision),
     )
 
 

@@ -1,4 +1,4 @@
-"""The weights file: every parameter once, in safetensors, at offsets that the geometry alone fixes."""
+"""The weights file: every parameter once, in safetensors, at offsets that its geometry fixes."""
 
 from __future__ import annotations
 
@@ -9,53 +9,70 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
+from l2c_export.build.precision import encode
 from l2c_export.core.bundle import WEIGHTS
 from l2c_export.core.files import replacing
 from l2c_export.core.models import ModelConfig, Shape
+from l2c_export.core.precision import FLOAT32, Precision, StoredTensor, stored_tensors
 
 _ALIGNMENT = 4096  # the data starts on a page, so that it can be mapped
+_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+_ONNX = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int8": ir.DataType.INT8,
+}
 
 
 @dataclass(frozen=True)
 class WeightsLayout:
-    """Where each parameter lies in ``weights.safetensors``; known before any weight is."""
+    """Where each tensor lies in ``weights.safetensors``; known before any weight is."""
 
     config: ModelConfig
+    precision: Precision = FLOAT32
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """What the file holds, in order."""
+        return stored_tensors(self.config, self.precision)
 
     @cached_property
     def spans(self) -> dict[str, tuple[int, int]]:
-        """Parameter name to first and last-plus-one byte, from the start of the data."""
+        """Tensor name to first and last-plus-one byte, from the start of the data."""
         spans, at = {}, 0
-        for name, shape in self.config.parameters().items():
-            size = 4 * int(np.prod(shape))
-            spans[name] = (at, at + size)
-            at += size
+        for name, tensor in self.tensors.items():
+            spans[name] = (at, at + tensor.nbytes)
+            at += tensor.nbytes
         return spans
 
     @cached_property
     def header(self) -> bytes:
         """Length and JSON header of the safetensors file, padded with spaces to a page."""
-        shapes = self.config.parameters()
         entries = {
-            name: {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": list(span)}
-            for name, span in self.spans.items()
+            name: {
+                "dtype": _SAFETENSORS[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": list(self.spans[name]),
+            }
+            for name, tensor in self.tensors.items()
         }
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + 8) % _ALIGNMENT)
         return len(text).to_bytes(8, "little") + text
 
     def reference(self, name: str, shape: Shape) -> ir.ExternalTensor:
-        """A parameter as ONNX external data; ``shape`` may add leading ones."""
+        """A tensor as ONNX external data; ``shape`` may add leading ones."""
         begin, end = self.spans[name]
         return ir.ExternalTensor(
             location=WEIGHTS,
             offset=len(self.header) + begin,
             length=end - begin,
-            dtype=ir.DataType.FLOAT,
+            dtype=_ONNX[self.tensors[name].dtype],
             shape=ir.Shape(shape),
             name=name,
         )
@@ -72,7 +89,7 @@ def write_weights(
     Args:
         path: The file, which appears whole or not at all.
         layout: Its layout.
-        tensors: Name and contiguous float32 tensor, in the layout's order.
+        tensors: Every parameter's name and contiguous float32 tensor, in model order.
         progress: Called with bytes written and bytes in all.
     """
     written = 0
@@ -88,11 +105,11 @@ def _chunks(layout: WeightsLayout, tensors: Iterable[tuple[str, Tensor]]) -> Ite
     yield memoryview(layout.header)
     expected = iter(layout.spans.items())
     for name, tensor in tensors:
-        wanted, (begin, end) = next(expected)
-        array: Any = tensor.numpy()
-        data = memoryview(array).cast("B")
-        if name != wanted or len(data) != end - begin:
-            raise AssertionError(f"{name} came where {wanted} of {end - begin} bytes belongs")
-        yield data
+        for stored in encode(name, tensor, layout.tensors[name].dtype):
+            wanted, (begin, end) = next(expected)
+            array: Any = stored.reshape(-1).view(torch.uint8).numpy()
+            if layout.tensors[wanted].parameter != name or array.size != end - begin:
+                raise AssertionError(f"{name} came where {wanted} of {end - begin} bytes belongs")
+            yield memoryview(array)
     if missing := next(expected, None):
         raise AssertionError(f"no tensor came for {missing[0]}")

@@ -29,7 +29,7 @@ from l2c_export.core.plan_report import plan_json, plan_table
 )
 @click.option("--random-weights", type=click.IntRange(0), metavar="SEED", help="Weights from a seed.")
 @click.option("--guidance-scale", type=float, help="The scale where a run names none.  [default: 4.0]")
-@profile_option("backend", "batch", "max_graphs")
+@profile_option("backend", "batch", "max_graphs", "precision")
 @click.option("-o", "--output", type=FILE, help="The bundle's folder.  [default: MODEL-SAMPLER-STEPS]")
 @click.option("--backend", type=click.Choice(["ort"]), default="ort", show_default=True)
 @click.option("--dry-run", is_flag=True, help="Show the plan and build nothing.")

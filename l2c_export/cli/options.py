@@ -14,6 +14,7 @@ import click
 from l2c_export.build.schedule_options import ScheduleOptions
 from l2c_export.core.files import write_json
 from l2c_export.core.models import PRESETS
+from l2c_export.core.precision import PRECISIONS
 from l2c_export.core.samplers import SAMPLERS
 from l2c_export.errors import L2CError
 
@@ -84,6 +85,14 @@ _SCHEDULE_OPTIONS = (
         "--max-graphs",
         type=click.IntRange(1),
         help="Merge down to at most so many step graphs, by computing more.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(list(PRECISIONS)),
+        metavar="NAME",
+        default="float32",
+        show_default=True,
+        help=f"Of the blocks' linear layers: {', '.join(PRECISIONS)}. The rest is float32.",
     ),
 )
 

@@ -16,7 +16,7 @@ from l2c_export.core.plan_report import plan_json, plan_table
 
 @click.command()
 @schedule_options
-@profile_option("batch", "max_graphs")
+@profile_option("batch", "max_graphs", "precision")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one line of JSON.")
 @click.option("--picture", type=FILE, help="Also draw calls x sub-layers into a PNG file.")
 def command(options: ScheduleOptions, as_json: bool, picture: Path | None) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l2c_export.core.models import ModelConfig
+from l2c_export.core.precision import FLOAT32, Precision, stored_tensors
 from l2c_export.core.samplers import Call
 from l2c_export.core.schedule import Schedule
 from l2c_export.errors import L2CError
@@ -120,6 +121,7 @@ class Plan:
         buffers: Cache buffers that a session needs; all have the slot's shape.
         guidance: Whether a call evaluates a conditional and an unconditional row for each latent.
         costs: What it costs.
+        precision: What its graphs compute in, and its weights and slots are stored in.
     """
 
     config: ModelConfig
@@ -129,6 +131,7 @@ class Plan:
     buffers: int
     guidance: bool
     costs: Costs
+    precision: Precision = FLOAT32
 
     @property
     def graphs(self) -> tuple[StepGraph, ...]:
@@ -143,7 +146,7 @@ def make_plan(
     *,
     guidance: bool = True,
     max_graphs: int | None = None,
-    bytes_per_value: int = 4,
+    precision: Precision = FLOAT32,
 ) -> Plan:
     """Compile a schedule.
 
@@ -154,7 +157,7 @@ def make_plan(
         guidance: Whether each latent has two rows.
         max_graphs: At most so many distinct step graphs; merges by computing or writing more than
             asked, never less.
-        bytes_per_value: Of weights and slots.
+        precision: Of weights and slots.
 
     Raises:
         L2CError: The schedule does not fit the model or the sampler, or the budget is below 1.
@@ -168,7 +171,7 @@ def make_plan(
     if max_graphs is not None and max_graphs < 1:
         raise L2CError(f"--max-graphs {max_graphs}: a plan needs at least one graph")
     rows = 2 if guidance else 1
-    slot_bytes = rows * int(np.prod(config.slot_shape)) * bytes_per_value
+    slot_bytes = rows * int(np.prod(config.slot_shape)) * precision.slot_value_bytes
     merged, writes = _merge(schedule.reuse, config, rows, slot_bytes, max_graphs)
     final = Schedule(schedule.slots, merged, schedule.source)
     graphs = [_graph(config.slots, reads, out) for reads, out in zip(merged, writes, strict=True)]
@@ -177,8 +180,8 @@ def make_plan(
         PlannedCall(call, graph, reads, out)
         for call, graph, (reads, out) in zip(calls, graphs, bound, strict=True)
     )
-    costs = _costs(config, graphs, rows, bytes_per_value, slot_bytes, buffers)
-    return Plan(config, final, schedule, planned, buffers, guidance, costs)
+    costs = _costs(config, graphs, rows, precision, slot_bytes, buffers)
+    return Plan(config, final, schedule, planned, buffers, guidance, costs, precision)
 
 
 def live_writes(reuse: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -224,12 +227,17 @@ def _allocate(graphs: list[StepGraph]) -> tuple[list[tuple[dict[str, int], dict[
 
 
 def _costs(
-    config: ModelConfig, graphs: list[StepGraph], rows: int, value: int, slot_bytes: int, buffers: int
+    config: ModelConfig,
+    graphs: list[StepGraph],
+    rows: int,
+    precision: Precision,
+    slot_bytes: int,
+    buffers: int,
 ) -> Costs:
     owned: dict[str, int] = {}
-    for name, shape in config.parameters().items():
-        owner = config.parameter_owner(name)
-        owned[owner] = owned.get(owner, 0) + int(np.prod(shape)) * value
+    for stored in stored_tensors(config, precision).values():
+        owner = config.parameter_owner(stored.parameter)
+        owned[owner] = owned.get(owner, 0) + stored.nbytes
 
     def used(graph: StepGraph) -> int:
         return sum(owned.values()) - sum(owned[name] for name in graph.reads)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from l2c_export.core.plan import Plan, StepGraph, live_writes
+from l2c_export.core.precision import stored_tensors
 
 _WIDEST_STRIP = 60  # columns of the table that may show one character for each slot
 
@@ -20,6 +21,7 @@ def plan_json(plan: Plan, batch: int = 1) -> dict[str, Any]:
     costs = plan.costs
     return {
         "model": plan.config.to_json(),
+        "precision": plan.precision.name,
         "guidance": plan.guidance,
         "batch": batch,
         "schedule": schedule_json(plan),
@@ -89,14 +91,13 @@ def schedule_json(plan: Plan) -> dict[str, Any]:
 def conditioning_json(plan: Plan) -> dict[str, Any]:
     """The part that does not depend on x: computed once for all calls, outside the step graphs."""
     config = plan.config
-    sizes = {name: int(np.prod(shape)) for name, shape in config.parameters().items()}
-    owned = sum(n for name, n in sizes.items() if config.parameter_owner(name) == "conditioning")
-    share = owned / sum(sizes.values())
+    stored = stored_tensors(config, plan.precision).values()
+    owned = sum(t.nbytes for t in stored if config.parameter_owner(t.parameter) == "conditioning")
     return {
         "macs": plan.costs.conditioning_macs,
         "macs_share": plan.costs.conditioning_macs / plan.costs.uncached_macs,
-        "weight_bytes": round(share * plan.costs.weight_bytes),
-        "weight_share": share,
+        "weight_bytes": owned,
+        "weight_share": owned / plan.costs.weight_bytes,
     }
 
 
@@ -225,8 +226,8 @@ def _totals(data: dict[str, Any]) -> list[str]:
         f"compute       {t['macs'] / 1e9:,.1f} GMACs for one trajectory of "
         f"{'one latent' if data['batch'] == 1 else latents}, {t['uncached_macs'] / 1e9:,.1f} uncached",
         f"ideal         {t['ideal_speedup']:.3f}x faster by MACs",
-        f"weights       {size(t['weight_bytes'])} once; {size(t['separate_weight_bytes'])} "
-        f"if each graph had its own",
+        f"weights       {size(t['weight_bytes'])} once, {data['precision']}; "
+        f"{size(t['separate_weight_bytes'])} if each graph had its own",
         f"caches        {size(t['cache_bytes'])} in {t['buffers']} buffers; "
         f"{size(t['one_buffer_per_slot_bytes'])} with one for each slot",
         f"conditioning  {100 * c['weight_share']:.1f} % of the weights, {100 * c['macs_share']:.2f} % "

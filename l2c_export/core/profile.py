@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from l2c_export.core.precision import PRECISIONS
 from l2c_export.errors import L2CError, UnsupportedError
 
 if sys.version_info >= (3, 11):
@@ -24,7 +25,7 @@ class Profile:
     Attributes:
         description: What the target is, in a line.
         backend: Runtime backend.
-        precision: Of the graphs; this release makes float32.
+        precision: Of the graphs; a name of :data:`l2c_export.core.precision.PRECISIONS`.
         batch: Latents in one call, ``"N"`` or ``"LO-HI"``.
         threads: For each call; None leaves it to the backend.
         max_graphs: At most so many step graphs; None for as many as the schedule has.
@@ -66,9 +67,10 @@ def read_profile(name: str) -> Profile:
     except (ValueError, RecursionError) as error:
         raise L2CError(f"profile {path} is not TOML: {error}") from None
     profile = _checked(data, path)
-    if profile.precision != "float32":
+    if profile.precision not in PRECISIONS:
         raise UnsupportedError(
-            f"profile {path}: precision {profile.precision!r}; this release makes float32 graphs"
+            f"profile {path}: precision {profile.precision!r}; "
+            f"this release has: {', '.join(PRECISIONS)}"
         )
     return profile
 

@@ -9,16 +9,15 @@ numbers and how errors grow.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from l2c_export.core.bundle import Manifest, ProgramCall
-from l2c_export.core.samplers import Call, model_table
+from l2c_export.core.samplers import sampler_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +39,8 @@ class CallErrors:
         output: Error of the guided output, by teacher forcing where the call is cached.
         slots: Teacher forcing: error of each written slot, in execution order.
         latent: Free running: error of the latent after the call.
-        blamed: The slot that the call reads wrongly, where further runs found one.
+        blamed: The slot that the call reads wrongly, or the first that is not finite, where further
+            runs found one.
     """
 
     index: int
@@ -66,11 +66,18 @@ class CallErrors:
         """The first thing that is wrong in this call, in words."""
         limit = f"more than the tolerance {tolerance:.1e}"
         for slot, error in self.slots.items():
+            if math.isnan(error):
+                return f"slot {slot} holds NaN or Inf"
             if not error <= tolerance:
                 return f"slot {slot} differs by {error:.2e}, {limit}"
+        if math.isnan(self.output):
+            where = f", first in slot {self.blamed}" if self.blamed else ""
+            return f"the output holds NaN or Inf{where}"
         if not self.output <= tolerance:
             read = f" because it reads slot {self.blamed} wrongly" if self.blamed else ""
             return f"the output differs by {self.output:.2e}, {limit}{read}"
+        if math.isnan(self.latent):
+            return "the latent after it holds NaN or Inf, though the call is right by itself"
         if not self.latent <= tolerance:
             return (
                 f"the latent after it differs by {self.latent:.2e}, {limit}, though the call is right "
@@ -105,7 +112,7 @@ class Comparison:
         noise: (B, C, H, W) float32.
         scale: Guidance scale.
         calls: How many calls to compare.
-        call_noise: (calls, B, C, H, W) float32 that the calls draw; None where they draw none.
+        branches: Takes (B, C, H, W) x and a timestep; gives every slot of the bundle's full graph.
     """
 
     reference: Reference
@@ -115,7 +122,7 @@ class Comparison:
     noise: Array
     scale: float
     calls: int
-    call_noise: Array | None = None
+    branches: Callable[[Array, float], Mapping[str, Array]]
 
     def cached(self, tolerance: float) -> Iterator[tuple[CallErrors, Array]]:
         """Yield each call's errors and the bundle's (B, C, H, W) latent after it."""
@@ -148,30 +155,24 @@ class Comparison:
 
     def _start(self, *, cached: bool) -> None:
         scale = self.scale if self.manifest.guidance else None
-        self.session.start(self.labels, self.noise, scale, cached, call_noise=self.call_noise)
-
-    @cached_property
-    def _table(self) -> tuple[Call, ...]:
-        """What the sampler's name says for the model, not what the manifest's numbers are."""
-        config = self.reference.config
-        return model_table(self.manifest.sampler, len(self.manifest.calls), config)
+        self.session.start(self.labels, self.noise, scale, cached)
 
     def _records(self, program: list[ProgramCall]) -> Iterator[Record]:
         """The reference's calls: timesteps and updates are the sampler's, not the manifest's."""
         import torch
 
+        table = sampler_table(self.manifest.sampler, len(self.manifest.calls))[: self.calls]
         return self.reference.trajectory(
-            self._table[: self.calls],
+            table,
             [tuple(call.reads) for call in program],
             torch.from_numpy(self.labels),
             torch.from_numpy(self.noise),
             self.scale,
-            () if self.call_noise is None else map(torch.from_numpy, self.call_noise),
         )
 
     def _forced(self, i: int, call: ProgramCall, record: Record) -> tuple[float, dict[str, float]]:
         """Errors of the output and of every written slot, from the reference's own inputs."""
-        wanted = {name: record.branches[name].numpy() for name in (*call.reads, *call.writes)}
+        wanted = {name: self._stored(record.branches[name]) for name in (*call.reads, *call.writes)}
         order = [name for name in self.manifest.slots.names if name in call.writes]
         inputs = (record.x.numpy(), *(wanted[name] for name in call.reads))
         if not all(np.isfinite(array).all() for array in inputs):
@@ -181,10 +182,21 @@ class Comparison:
         slots = {name: relative_error(writes[name], wanted[name]) for name in order}
         return relative_error(output, record.output.numpy()), slots
 
+    def _stored(self, value: Tensor) -> Array:
+        """A branch output of the reference in the bundle's own dtype."""
+        return value.numpy().astype(self.manifest.slots.dtype, copy=False)
+
     def _blame(self, i: int, call: ProgramCall, record: Record, tolerance: float) -> str:
-        """The slot that a call reads wrongly: it sees one at a time, and zeros for the others."""
+        """The slot that a call reads wrongly: it sees one at a time, and zeros for the others.
+
+        Where the output is not finite: the first slot of the full graph that is not.
+        """
         import torch
 
+        if math.isnan(self._forced(i, call, record)[0]):
+            values = self.branches(record.x.numpy(), call.timestep)
+            bad = (n for n in self.manifest.slots.names if not np.isfinite(values[n]).all())
+            return next(bad, "")
         zeros = {name: torch.zeros_like(record.branches[name]) for name in call.reads}
         if not self._probe(i, record, zeros) <= tolerance:
             return ""  # what the call computes is wrong, whatever it reads
@@ -201,9 +213,9 @@ class Comparison:
 
         if not all(torch.isfinite(value).all() for value in (record.x, *reads.values())):
             return math.nan
-        timestep = self._table[i].timestep
+        timestep = sampler_table(self.manifest.sampler, len(self.manifest.calls))[i].timestep
         labels = torch.from_numpy(self.labels)
         wanted, _ = self.reference.call(record.x, timestep, labels, self.scale, reads)
-        arrays = {name: value.numpy() for name, value in reads.items()}
+        arrays = {name: self._stored(value) for name, value in reads.items()}
         got, _ = self.session.run_call(i, record.x.numpy(), arrays)
         return relative_error(got, wanted.numpy())

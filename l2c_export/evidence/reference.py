@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Protocol
 
@@ -30,8 +29,8 @@ class Step(Protocol):
         """What the network is told."""
 
     @property
-    def update(self) -> Mapping[str, Mapping[str, float]]:
-        """What becomes of the latent and of what the sampler keeps, see ``core.samplers.Update``."""
+    def update(self) -> Mapping[str, float]:
+        """Coefficients of the next latent over ``"x"`` and ``"output"``."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,6 @@ class Reference:
         labels: Tensor,
         noise: Tensor,
         guidance_scale: float,
-        call_noise: Iterable[Tensor] = (),
     ) -> Iterator[Record]:
         """Sample, yielding call by call.
 
@@ -115,30 +113,23 @@ class Reference:
             labels: (B,) int64.
             noise: (B, C, S, S) float32, the first latent.
             guidance_scale: Of classifier-free guidance; not used without guidance.
-            call_noise: For each call the (B, C, S, S) noise that it may draw; for stochastic
-                samplers.
         """
-        latents, draws = {"x": noise}, iter(call_noise)
+        x = noise
         last: Branches = {}
         for call, names in zip(calls, reused, strict=True):
-            x, reuse = latents["x"], {name: last[name] for name in names}
+            reuse = {name: last[name] for name in names}
             output, last = self.call(x, call.timestep, labels, guidance_scale, reuse)
-            values = latents | {"output": output}
-            if (drawn := next(draws, None)) is not None:
-                values["noise"] = drawn
-            latents = latents | {
-                target: reduce(torch.add, [c * values[source] for source, c in sources.items()])
-                for target, sources in call.update.items()
-            }
-            yield Record(x, output, last, latents["x"])
+            x_next = call.update["x"] * x + call.update["output"] * output
+            yield Record(x, output, last, x_next)
+            x = x_next
 
 
 def bundle_reference(bundle: Bundle) -> Reference:
-    """The reference of a bundle, over its own weights file, which is mapped and not copied."""
+    """The reference of a bundle over its own weights: mapped and not copied where they are float32."""
     manifest = bundle.manifest
     config = config_from_json(manifest.model, f"{bundle.path}: model")
     with safetensors.safe_open(bundle.path / WEIGHTS, framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in config.parameters()}
+        state = {name: file.get_tensor(name).float() for name in config.parameters()}
     return Reference(config, state, guidance=manifest.guidance is not None)
 
 

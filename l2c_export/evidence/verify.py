@@ -8,6 +8,7 @@ An error is max|a - b| / max|b|, b the reference; NaN and Inf fail.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from l2c_export.evidence.reference import Reference
     from l2c_export.runtime import Runner
 
-TOLERANCES = {"float32": 1e-4}
-"""Largest error allowed, by the dtype of the slots, unless the user says otherwise."""
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2}
+"""Largest error allowed, by the precision of the bundle, unless the user says otherwise."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is compared, how many calls are done and how many there are."""
@@ -126,8 +127,8 @@ def verify(runner: Runner, settings: Settings, progress: Progress = lambda *_: N
         "reference_weights": str(settings.checkpoint or "the bundle's"),
     }
     report = Report(tolerance, inputs)
-    draws = draw_call_noise(manifest, len(labels), settings.seed)
-    pair = Comparison(reference, session, manifest, labels, noise, scale, count, draws)
+    branches = functools.partial(full_branches, runner, labels, scale)
+    pair = Comparison(reference, session, manifest, labels, noise, scale, count, branches)
     latents = []
     for errors, latent in pair.cached(tolerance):
         report.cached.append(errors)
@@ -139,6 +140,27 @@ def verify(runner: Runner, settings: Settings, progress: Progress = lambda *_: N
             report.delta.append(relative_error(latents[errors.index], latent))
             progress("uncached", len(report.delta), count)
     return report
+
+
+def full_branches(
+    runner: Runner, labels: NDArray[np.int64], scale: float, x: NDArray[np.float32], timestep: float
+) -> dict[str, NDArray[Any]]:
+    """Every slot's (rows, …) value in one call of the bundle's uncut graph, which reuses nothing."""
+    manifest = runner.manifest
+    graph, rows = manifest.graphs[manifest.full], len(labels) * manifest.rows
+    if manifest.guidance:
+        labels = np.concatenate([labels, np.full_like(labels, manifest.guidance.null_label)])
+    inputs: dict[str, NDArray[Any]] = {
+        "x": np.ascontiguousarray(x),
+        "timestep": np.full(rows, timestep, np.float32),
+        "label": labels,
+        "guidance_scale": np.array([scale], np.float32),
+    }
+    shape = (rows, *manifest.slots.shape)
+    slots = {name: np.empty(shape, manifest.slots.dtype) for name in manifest.slots.names}
+    taken = {value.name: inputs[value.name] for value in graph.inputs}
+    runner.graph(manifest.full).bind(taken, {"output": np.empty_like(x), **slots})()
+    return slots
 
 
 def draw_inputs(
@@ -157,19 +179,6 @@ def draw_inputs(
     return chosen, random.standard_normal((len(chosen), *manifest.latent), np.float32)
 
 
-def draw_call_noise(manifest: Manifest, batch: int, seed: int) -> NDArray[np.float32] | None:
-    """(calls, B, C, H, W) noise for a stochastic sampler, as ``run`` draws it; None for others."""
-    if not manifest.stochastic:
-        return None
-    from l2c_export.runtime.noise import seeded_noise
-
-    drawn = np.empty((len(manifest.calls), batch, *manifest.latent), np.float32)
-    fill = seeded_noise(seed, range(batch))
-    for index, call in enumerate(drawn):
-        fill(index, call)
-    return drawn
-
-
 def _load_reference(bundle: Bundle, checkpoint: Path | None) -> Reference:
     try:
         from l2c_export.evidence.reference import bundle_reference, checkpoint_reference
@@ -183,11 +192,11 @@ def _load_reference(bundle: Bundle, checkpoint: Path | None) -> Reference:
 def _tolerance(manifest: Manifest, settings: Settings) -> float:
     if settings.tolerance is not None:
         return settings.tolerance
-    if manifest.slots.dtype not in TOLERANCES:
+    if manifest.precision not in TOLERANCES:
         raise UnsupportedError(
-            f"there is no default tolerance for {manifest.slots.dtype}; choose one with --tolerance"
+            f"there is no default tolerance for {manifest.precision}; choose one with --tolerance"
         )
-    return TOLERANCES[manifest.slots.dtype]
+    return TOLERANCES[manifest.precision]
 
 
 def report_json(report: Report, runner: Runner) -> dict[str, Any]:

@@ -10,10 +10,14 @@ from collections.abc import Callable, Mapping
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from l2c_export.core.bundle import Bundle
-from l2c_export.errors import L2CError
+from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime.backends import Array
 
 _log = logging.getLogger(__name__)
+
+# It would give each session a float32 copy of all float16 weights; without it they are widened layer
+# by layer, in each call.
+_WIDEN_WEIGHTS = "FuseFp16InitializerToFp32NodeTransformer"
 
 
 class OrtGraph:
@@ -44,6 +48,11 @@ class OrtBackend:
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
         self.version = f"onnxruntime {ort.__version__}"
+        if bundle.manifest.precision == "bfloat16":
+            raise UnsupportedError(
+                f"{bundle.path} computes in bfloat16, for which {self.version} has no CPU kernels; "
+                "build with --precision float32 to run it here"
+            )
         self._bundle = bundle
         self._threads = threads
         _share_arena()
@@ -98,7 +107,13 @@ def _one_line(error: Exception) -> str:
 
 def _session(path: str, options: ort.SessionOptions) -> ort.InferenceSession:
     # The fallback would print to stdout and try the same once more.
-    return ort.InferenceSession(path, options, ["CPUExecutionProvider"], enable_fallback=0)
+    return ort.InferenceSession(
+        path,
+        options,
+        ["CPUExecutionProvider"],
+        disabled_optimizers=[_WIDEN_WEIGHTS],
+        enable_fallback=0,
+    )
 
 
 @functools.cache

@@ -1,0 +1,56 @@
+"""Casts: a model whose blocks' linear layers compute in half precision, and its weights in storage.
+
+The model's code stays the float32 one; hooks narrow what a layer takes. Inside a branch the narrow
+type goes on (attention, GELU, the slot); what leaves a layer that is no branch, adaLN's modulation
+and the projection of a long skip, is float32 again, and so are residual stream and norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2c_export.core.precision import Parameters, Precision, in_block_linear
+from l2c_export.errors import L2CError
+
+_BRANCHES = {"attn", "mlp"}
+
+
+def cast_model(model: nn.Module, config: Parameters, precision: Precision) -> None:
+    """Cast the blocks' linear layers in place, on the meta device as well as with real weights."""
+    if not precision.cast:
+        return
+    dtype, shapes = getattr(torch, precision.weights), config.parameters()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and in_block_linear(f"{name}.weight", shapes):
+            module.to(dtype).register_forward_pre_hook(_narrow)
+            if not _BRANCHES & set(name.split(".")):
+                module.register_forward_hook(_widen)
+
+
+def _narrow(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    (x,) = args
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return (x.to(weight.dtype),)
+
+
+def _widen(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    return out.float()
+
+
+def encode(name: str, tensor: Tensor, dtype: str) -> Iterator[Tensor]:
+    """What the weights file stores of a contiguous float32 parameter, in the file's order.
+
+    Raises:
+        L2CError: A value is beyond the dtype.
+    """
+    stored = tensor.to(getattr(torch, dtype))
+    if dtype == "float16" and not torch.isfinite(stored).all():
+        raise L2CError(
+            f"tensor {name} has values up to {float(tensor.abs().max()):.3g}, beyond float16's 65504; "
+            "build with --precision bfloat16"
+        )
+    yield stored

@@ -1,0 +1,119 @@
+"""Precisions: how a bundle stores its weights, and in what its graphs compute.
+
+Only the linear layers inside the blocks leave float32. They hold almost all weights and arithmetic;
+what is left is small and accuracy hangs on it: patch, timestep and label embeddings, the residual
+stream, norms and what modulates them, softmax, the final layer, guidance and the sampler's state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from l2c_export.errors import L2CError
+
+Shape = tuple[int, ...]
+
+_BLOCKS = ("blocks.", "in_blocks.", "mid_block.", "out_blocks.")
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+class Parameters(Protocol):
+    """What is needed of a model's configuration."""
+
+    def parameters(self) -> dict[str, Shape]:
+        """Parameter names and shapes, in model order."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A row of :data:`PRECISIONS`.
+
+    Attributes:
+        name: As ``--precision`` and the manifest have it.
+        weights: Stored dtype of the weights of the blocks' linear layers.
+        slots: Dtype of what those layers put out, and so of the cache slots.
+        summary: What it is, in a line.
+    """
+
+    name: str
+    weights: str
+    slots: str
+    summary: str
+
+    @property
+    def cast(self) -> bool:
+        """Whether the blocks' linear layers compute in a narrower floating-point type."""
+        return self.weights == self.slots != "float32"
+
+    @property
+    def slot_value_bytes(self) -> int:
+        """Bytes of one value of a slot."""
+        return _BYTES[self.slots]
+
+
+PRECISIONS = {
+    row.name: row
+    for row in (
+        Precision("float32", "float32", "float32", "everything in float32"),
+        Precision(
+            "float16", "float16", "float16", "the blocks' linear layers and attention in float16"
+        ),
+        Precision(
+            "bfloat16", "bfloat16", "bfloat16", "the blocks' linear layers and attention in bfloat16"
+        ),
+    )
+}
+"""What ``build --precision`` makes, by name."""
+
+FLOAT32 = PRECISIONS["float32"]
+
+
+def precision_of(name: str) -> Precision:
+    """The precision of a name.
+
+    Raises:
+        L2CError: There is none of that name.
+    """
+    try:
+        return PRECISIONS[name]
+    except KeyError:
+        raise L2CError(f"unknown precision {name!r}; known: {', '.join(PRECISIONS)}") from None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the weights file.
+
+    Attributes:
+        parameter: The model's parameter that it stores, or helps to store.
+        dtype: Name of its dtype.
+        shape: Its shape.
+    """
+
+    parameter: str
+    dtype: str
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data."""
+        return _BYTES[self.dtype] * math.prod(self.shape)
+
+
+def stored_tensors(config: Parameters, precision: Precision) -> dict[str, StoredTensor]:
+    """What the weights file of a model holds, by name, in order."""
+    shapes = config.parameters()
+    stored: dict[str, StoredTensor] = {}
+    for name, shape in shapes.items():
+        dtype = precision.weights if in_block_linear(name, shapes) else "float32"
+        stored[name] = StoredTensor(name, dtype, shape)
+    return stored
+
+
+def in_block_linear(name: str, shapes: Mapping[str, Shape]) -> bool:
+    """Whether a parameter is the weight or bias of a linear layer inside a block."""
+    layer = name.rpartition(".")[0]
+    return name.startswith(_BLOCKS) and len(shapes.get(f"{layer}.weight", ())) == 2
