@@ -345,7 +345,7 @@ CHECKPOINTS = {
     ),
     "none": Bad(["build", *PLAN], "give the weights: --checkpoint FILE, or --random-weights SEED"),
     "unpublished": Bad(
-        ["build", "--model", "dit-s-8", "--uncached"], "dit-s-8 has no published checkpoint"
+        ["build", "--model", "dit-s-8", "--uncached"], "dit-s-8 has no checkpoint to download"
     ),
     "offline": Bad(
         ["build", "--model", "dit-xl-2", "--uncached"],

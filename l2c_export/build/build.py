@@ -45,6 +45,7 @@ from l2c_export.core.bundle import (
     write_manifest,
 )
 from l2c_export.core.files import key_of, remove_partial, replacing, sha256, write_json
+from l2c_export.core.models import family_defaults
 from l2c_export.core.plan import Plan, StepGraph
 from l2c_export.core.plan_report import plan_json
 from l2c_export.errors import L2CError, UnsupportedError
@@ -79,7 +80,8 @@ class Request:
         weights: Where the weights come from.
         sampler: Name of the sampler, for the manifest.
         batch: Smallest and largest number of latents in a call; equal ones fix the shapes.
-        guidance_scale: The bundle's default scale.
+        guidance_scale: The bundle's default scale, in uncond + scale * (cond - uncond); None takes
+            that of the model's family.
         preset: Name of the model, if it has one.
         more_graphs: Step graphs that no call of the plan uses, for other programs on this bundle.
     """
@@ -88,7 +90,7 @@ class Request:
     weights: WeightSource
     sampler: str = "ddim"
     batch: tuple[int, int] = (1, 1)
-    guidance_scale: float = 4.0
+    guidance_scale: float | None = None
     preset: str | None = None
     more_graphs: tuple[StepGraph, ...] = ()
 
@@ -108,7 +110,7 @@ def build_bundle(output: Path, request: Request, progress: Progress = lambda *_:
     smallest, largest = request.batch
     if not 1 <= smallest <= largest <= 4096:
         raise L2CError(f"batch {smallest}-{largest}: give 1 <= smallest <= largest <= 4096")
-    if not math.isfinite(request.guidance_scale):
+    if request.guidance_scale is not None and not math.isfinite(request.guidance_scale):
         raise L2CError(f"guidance scale {request.guidance_scale}: give a finite number")
     with _own(output):
         return _Build(output, request, progress).run()
@@ -292,7 +294,10 @@ class _Build:
 
     def _manifest(self, graphs: dict[str, Graph]) -> Manifest:
         plan, config = self.plan, self.plan.config
-        guidance = Guidance(self.request.guidance_scale, config.guidance_channels, config.null_label)
+        scale = self.request.guidance_scale
+        if scale is None:
+            scale = family_defaults(config).guidance_scale
+        guidance = Guidance(scale, config.guidance_channels, config.null_label)
         return Manifest(
             generator=f"l2c-export {__version__}",
             preset=self.request.preset,

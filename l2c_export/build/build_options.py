@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from l2c_export.build.build import Request
     from l2c_export.build.checkpoint import Checkpoint
 
-GUIDANCE_SCALE = 4.0
-"""Where nothing else is said: the official ``sample.py``'s."""
-
 
 def weights_from_options(
     options: ScheduleOptions, checkpoint: Path | None, seed: int | None
@@ -50,13 +47,13 @@ def request_from_options(
     from l2c_export.build.build import Request
 
     plan = replace(plan, config=weights.config)  # a diffusers folder has constants of its own
-    scale = GUIDANCE_SCALE if guidance_scale is None else guidance_scale
-    return Request(plan, weights, options.sampler, options.batch, scale, options.model)
+    sampler = options.sampler_name
+    return Request(plan, weights, sampler, options.batch, guidance_scale, options.model)
 
 
 def default_folder(options: ScheduleOptions, calls: int) -> Path:
     """Where a bundle goes if nothing else is said: ``MODEL-SAMPLER-CALLS``."""
-    return Path(f"{model_label(options)}-{options.sampler}-{calls}")
+    return Path(f"{model_label(options)}-{options.sampler_name}-{calls}")
 
 
 def model_label(options: ScheduleOptions) -> str:

@@ -46,37 +46,55 @@ class RemoteFile:
     option: str
 
 
-# The fp32 weights of DiT-XL/2 are 2.70 GB; Meta publishes no digests.
-CHECKPOINTS = {
-    preset: RemoteFile(
-        name=name,
-        url=f"https://dl.fbaipublicfiles.com/DiT/models/{name}",
-        size=(2_650_000_000, 2_800_000_000),
-        sha256=None,
-        option="--checkpoint",
-    )
-    for preset, name in (
-        ("dit-xl-2", "DiT-XL-2-256x256.pt"),
-        ("dit-xl-2-512", "DiT-XL-2-512x512.pt"),
-    )
-}
+def _checkpoint(url: str, name: str, size: int) -> RemoteFile:
+    """Weights of about this size; their owners publish no digests."""
+    return RemoteFile(name, url, (round(0.98 * size), round(1.04 * size)), None, "--checkpoint")
 
-_ROUTERS_URL = (
-    "https://raw.githubusercontent.com/horseee/learning-to-cache/"
-    "23d80454a9ff42f8eec55a68db83ec88cf859c62/DiT/ckpt"
-)
+
+def _router(folder: str, name: str, sha256: str) -> RemoteFile:
+    return RemoteFile(name, f"{folder}/{name}", (1, 1 << 20), sha256, "--router")
+
+
+_META = "https://dl.fbaipublicfiles.com/DiT/models"
+_DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
+
+CHECKPOINTS = {
+    "dit-xl-2": _checkpoint(f"{_META}/DiT-XL-2-256x256.pt", "DiT-XL-2-256x256.pt", 2_700_000_000),
+    "dit-xl-2-512": _checkpoint(f"{_META}/DiT-XL-2-512x512.pt", "DiT-XL-2-512x512.pt", 2_704_000_000),
+    "uvit-h-2": _checkpoint(
+        f"{_DRIVE}13StUdrjaaSXjfqqF7M47BzPyhMAArQ4u", "imagenet256_uvit_huge.pth", 2_003_000_000
+    ),
+    "uvit-h-4-512": _checkpoint(
+        f"{_DRIVE}1uegr2o7cuKXtf2akWGAN2Vnlrtw5YKQq", "imagenet512_uvit_huge.pth", 2_004_000_000
+    ),
+}
+"""Official float32 weights by preset: Meta's of DiT, and those that baofff/U-ViT's README links to."""
+
+_L2C = "https://raw.githubusercontent.com/horseee/learning-to-cache"
+_L2C_DIT = f"{_L2C}/23d80454a9ff42f8eec55a68db83ec88cf859c62/DiT/ckpt"
+_L2C_UVIT = f"{_L2C}/be8c5d2c2f9d7baa82c9efef90a97c0ab5e208d4/U-ViT/ckpt"
+
 ROUTERS = {
-    ("dit-xl-2", "ddim", steps): RemoteFile(
-        name=f"DDIM{steps}_router.pt",
-        url=f"{_ROUTERS_URL}/DDIM{steps}_router.pt",
-        size=(1, 1 << 20),
-        sha256=sha256,
-        option="--router",
-    )
-    for steps, sha256 in (
-        (20, "c3134cfe7a69e31f188ac3d8ace7f6b586db92daa30c99f17e46d3f24e7408c7"),
-        (50, "fd83c172f77ad71f8695d5972497d1a4d113119e0e0415861812ca8eea9f60b2"),
-    )
+    ("dit-xl-2", "ddim", 20): _router(
+        _L2C_DIT,
+        "DDIM20_router.pt",
+        "c3134cfe7a69e31f188ac3d8ace7f6b586db92daa30c99f17e46d3f24e7408c7",
+    ),
+    ("dit-xl-2", "ddim", 50): _router(
+        _L2C_DIT,
+        "DDIM50_router.pt",
+        "fd83c172f77ad71f8695d5972497d1a4d113119e0e0415861812ca8eea9f60b2",
+    ),
+    ("uvit-h-2", "dpm-solver-2s", 20): _router(
+        _L2C_UVIT,
+        "dpm20_router.pth",
+        "836ee44bd212985cc7e03e619691cd5530677dcbd0121b2558674fdca9bf59a1",
+    ),
+    ("uvit-h-2", "dpm-solver-2s", 50): _router(
+        _L2C_UVIT,
+        "dpm50_router.pth",
+        "6778122d7b4ac1816d98d7c0de18727f42956bb6de0233a30215bfebf91c8578",
+    ),
 }
 """Routers that the authors of Learning-to-Cache released, by (preset, sampler, calls)."""
 
@@ -107,7 +125,7 @@ def find_checkpoint(preset: str) -> Path:
     """
     if preset not in CHECKPOINTS:
         raise L2CError(
-            f"{preset} has no published checkpoint (only {', '.join(CHECKPOINTS)} have); "
+            f"{preset} has no checkpoint to download (only {', '.join(CHECKPOINTS)} have); "
             "give --checkpoint FILE or --random-weights SEED"
         )
     return fetch(CHECKPOINTS[preset])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from l2c_export.core.models import ModelConfig, preset, read_model_config
+from l2c_export.core.models import ModelConfig, family_defaults, preset, read_model_config
 from l2c_export.core.plan import Plan, make_plan
 from l2c_export.core.policies import Policy, fora, random_like
 from l2c_export.core.precision import precision_of
-from l2c_export.core.samplers import sampler_table
+from l2c_export.core.samplers import model_table
 from l2c_export.core.schedule import Router, Schedule, threshold_router, uncached
 from l2c_export.errors import L2CError
 
@@ -24,10 +24,11 @@ class ScheduleOptions:
         model: Name of a preset; None with ``model_config``.
         model_config: JSON file with a model's configuration, or a diffusers folder.
         router: Router file; None takes the released one of the preset.
-        threshold: A sub-layer is computed where the router's score is above it.
+        threshold: A sub-layer is computed where the router's score is above it; None is the one
+            of the model's family.
         uncached: Compute everything, without a router.
         policy: A schedule made by hand, to compare with; see :meth:`Policy.parse`.
-        sampler: Name of the sampler.
+        sampler: Name of the sampler; None is the one of the model's family.
         steps: Calls of a trajectory; None takes the router's own number, or 20.
         batch: Smallest and largest number of latents in one call.
         guidance: Whether a call evaluates a conditional and an unconditional row for each latent.
@@ -38,10 +39,10 @@ class ScheduleOptions:
     model: str | None = None
     model_config: Path | None = None
     router: Path | None = None
-    threshold: float = 0.1
+    threshold: float | None = None
     uncached: bool = False
     policy: str | None = None
-    sampler: str = "ddim"
+    sampler: str | None = None
     steps: int | None = None
     batch: tuple[int, int] = (1, 1)
     guidance: bool = True
@@ -60,6 +61,11 @@ class ScheduleOptions:
         if self.model is None:
             raise L2CError("name a model with --model NAME or --model-config FILE")
         return preset(self.model)
+
+    @property
+    def sampler_name(self) -> str:
+        """The sampler: the one that is asked for, or that of the model's family."""
+        return self.sampler or family_defaults(self.config).sampler
 
 
 def plan_from_options(options: ScheduleOptions) -> Plan:
@@ -81,7 +87,7 @@ def plan_schedule(options: ScheduleOptions, config: ModelConfig, schedule: Sched
     return make_plan(
         config,
         schedule,
-        sampler_table(options.sampler, schedule.calls),
+        model_table(options.sampler_name, schedule.calls, config),
         guidance=options.guidance,
         max_graphs=options.max_graphs,
         precision=precision_of(options.precision),
@@ -103,7 +109,10 @@ def _schedule(options: ScheduleOptions, config: ModelConfig) -> Schedule:
 def _routed(options: ScheduleOptions, config: ModelConfig) -> Schedule:
     router = router_from_options(options, config)
     calls = options.steps or router.calls
-    return threshold_router(router, config.slots, options.sampler, calls, options.threshold)
+    threshold = options.threshold
+    if threshold is None:
+        threshold = family_defaults(config).threshold
+    return threshold_router(router, config.slots, options.sampler_name, calls, threshold)
 
 
 def router_from_options(options: ScheduleOptions, config: ModelConfig) -> Router:
@@ -122,5 +131,5 @@ def router_from_options(options: ScheduleOptions, config: ModelConfig) -> Router
             )
         from l2c_export.build.download import find_router
 
-        path = find_router(options.model, options.sampler, options.steps or _DEFAULT_CALLS)
+        path = find_router(options.model, options.sampler_name, options.steps or _DEFAULT_CALLS)
     return read_router(path, config.family)

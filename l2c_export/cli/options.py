@@ -46,7 +46,7 @@ def parse_labels(
 
 
 _SCHEDULE_OPTIONS = (
-    click.option("--model", metavar="NAME", help="A known model: dit-xl-2, dit-b-4-512 …"),
+    click.option("--model", metavar="NAME", help="A known model: dit-xl-2, dit-b-4-512, uvit-h-2 …"),
     click.option(
         "--model-config", type=FILE, help="A model's configuration: a JSON file, or a diffusers folder."
     ),
@@ -54,9 +54,7 @@ _SCHEDULE_OPTIONS = (
     click.option(
         "--threshold",
         type=float,
-        default=0.1,
-        show_default=True,
-        help="Compute a sub-layer where the router's score is above it.",
+        help="Compute a sub-layer where the router's score is above it.  [default: 0.1; U-ViT 0.9]",
     ),
     click.option("--uncached", is_flag=True, help="Compute everything; needs no router."),
     click.option(
@@ -65,7 +63,8 @@ _SCHEDULE_OPTIONS = (
         help="A schedule to compare with: compute every Nth call (FORA), or shuffle the router's.",
     ),
     click.option(
-        "--sampler", default="ddim", show_default=True, help=f"One of: {', '.join(SAMPLERS)}."
+        "--sampler",
+        help=f"One of: {', '.join(SAMPLERS)}.  [default: ddim; U-ViT dpm-solver-2s]",
     ),
     click.option(
         "--steps", type=click.IntRange(1), help="Calls of a trajectory; the router's own, or 20."
