@@ -78,6 +78,7 @@ def write_bundle(folder: Path, *, guidance: bool = True, batch: tuple[int, int] 
         weights={"kind": "random", "seed": 0},
         schedule={"kind": "handmade", "removed": 6, "asked": 6},
         sampler="ddim",
+        stochastic=False,
         latent=LATENT,
         classes=CLASSES,
         batch=batch,
@@ -92,7 +93,7 @@ def write_bundle(folder: Path, *, guidance: bool = True, batch: tuple[int, int] 
             ProgramCall(
                 _name(reads, writes),
                 float(999 - 100 * i),
-                {"x": float(np.cos(a)), "output": float(np.sin(a))},
+                {"x": {"x": float(np.cos(a)), "output": float(np.sin(a))}},
                 reads,
                 writes,
             )

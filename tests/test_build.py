@@ -141,9 +141,9 @@ def test_a_damaged_manifest_costs_its_rebuild_but_never_a_wrong_bundle(
 
 
 def test_a_bundle_of_a_later_release_is_refused_and_stays(exported, copy, tiny_plan):
-    later = (copy / MANIFEST).read_bytes().replace(b'"version": 1', b'"version": 2', 1)
+    later = (copy / MANIFEST).read_bytes().replace(b'"version": 2', b'"version": 3', 1)
     (copy / MANIFEST).write_bytes(later)
-    with pytest.raises(UnsupportedError, match="manifest version 2"):
+    with pytest.raises(UnsupportedError, match="manifest version 3"):
         build_bundle(copy, tiny.request(tiny_plan))
     assert (copy / MANIFEST).read_bytes() == later
 

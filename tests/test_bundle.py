@@ -215,15 +215,32 @@ PROGRAMS = {
     "no batch": (lambda m: replace(m, batch=(0, 1)), r"batch \(0, 1\) is no range"),
     "backward batch": (lambda m: replace(m, batch=(2, 1)), r"batch \(2, 1\) is no range"),
     "one batch": (lambda m: replace(m, batch=(2,)), r"batch \(2,\) is no range"),
-    "update": (
-        lambda m: with_call(m, 1, update={"x": 1.0, "output": 1.0, "noise": 0.1}),
-        r"call 1 updates with \['noise', 'output', 'x'\], this release knows x and output",
+    "no update": (
+        lambda m: with_call(m, 1, update={"history": {"x": 1.0}}),
+        r"call 1 has no update of x",
     ),
-    "no update": (lambda m: with_call(m, 1, update={"x": 1.0}), r"call 1 updates with \['x'\]"),
+    "target": (
+        lambda m: with_call(m, 1, update={"x": {"x": 1.0}, "past": {"x": 1.0}}),
+        r"call 1 updates \['past'\], this release knows x, history, history2",
+    ),
+    "source": (
+        lambda m: with_call(m, 1, update={"x": {"x": 1.0, "past": 1.0}}),
+        r"call 1 updates from \['past'\], this release knows x, output, noise, history, history2",
+    ),
+    "unwritten history": (
+        lambda m: with_call(m, 0, update={"x": {"history": 1.0}, "history": {"x": 1.0}}),
+        r"call 0 reads \['history'\], which no call before it wrote",
+    ),
+    "noise": (
+        lambda m: with_call(m, 1, update={"x": {"x": 1.0, "noise": 0.1}}),
+        r"call 1 draws noise, though the sampler is not stochastic",
+    ),
+    "empty update": (lambda m: with_call(m, 1, update={"x": {}}), r"call 1 has an update from nothing"),
     "NaN update": (
-        lambda m: with_call(m, 1, update={"x": 1.0, "output": float("nan")}),
-        r"call 1 has a timestep or an update that is no finite number",
+        lambda m: with_call(m, 1, update={"x": {"x": 1.0, "output": float("nan")}}),
+        r"call 1 has an update that is no finite number",
     ),
+    "flat update": (lambda m: with_call(m, 1, update={"x": 1.0}), r"is damaged \(TypeError"),
     "endless time": (lambda m: with_call(m, 3, timestep=float("inf")), r"call 3 has a timestep"),
     "slot": (lambda m: with_call(m, 0, writes={"02.attn": 0}), r"unknown slots \['02.attn'\]"),
     "high buffer": (

@@ -90,5 +90,5 @@ def test_the_update_of_a_call_is_the_sum_that_its_manifest_entry_says(tiny_bundl
     feeds = arrays(net.inputs)
     for call, table in zip(manifest.calls, update_coefficients(manifest), strict=True):
         (got,) = run(net.model, feeds | {"coefficients": table})
-        a, b = (np.float32(call.update[source]) for source in ("x", "output"))
+        a, b = (np.float32(call.update["x"][source]) for source in ("x", "output"))
         np.testing.assert_array_equal(got, feeds["x"] * a + feeds["output"] * b)

@@ -192,7 +192,7 @@ def test_ddim_with_the_true_noise_ends_at_the_clean_latent(calls: int) -> None:
     for call in table:
         alpha = alphas[int(call.timestep)]
         assert x == pytest.approx(np.sqrt(alpha) * x0 + np.sqrt(1 - alpha) * noise, rel=1e-9)
-        x = call.update["x"] * x + call.update["output"] * noise
+        x = call.update["x"]["x"] * x + call.update["x"]["output"] * noise
     assert x == pytest.approx(x0, rel=1e-9)
 
 

@@ -186,8 +186,9 @@ def test_a_changed_weight_is_found_by_the_original_checkpoint(copy, tmp_path):
 
 def test_a_wrong_update_is_seen_in_the_latent_alone(copy):
     calls = list(read_bundle(copy).manifest.calls)
-    update = calls[2].update | {"output": calls[2].update["output"] * 1.01}
-    calls[2] = dataclasses.replace(calls[2], update=update)
+    update = calls[2].update["x"]
+    update = update | {"output": update["output"] * 1.01}
+    calls[2] = dataclasses.replace(calls[2], update={"x": update})
     consistent(copy, calls=tuple(calls))
     found = failure(copy)
     assert found.startswith("call 2 ")

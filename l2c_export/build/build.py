@@ -48,6 +48,7 @@ from l2c_export.core.files import key_of, remove_partial, replacing, sha256, wri
 from l2c_export.core.models import family_defaults
 from l2c_export.core.plan import Plan, StepGraph
 from l2c_export.core.plan_report import plan_json
+from l2c_export.core.samplers import is_stochastic
 from l2c_export.errors import L2CError, UnsupportedError
 
 _log = logging.getLogger(__name__)
@@ -306,6 +307,7 @@ class _Build:
             schedule=plan.asked.source
             | {"removed": plan.schedule.removed, "asked": plan.asked.removed},
             sampler=self.request.sampler,
+            stochastic=is_stochastic([c.call for c in plan.calls]),
             latent=config.latent_shape,
             classes=config.num_classes,
             batch=self.request.batch,

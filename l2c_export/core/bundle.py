@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from l2c_export.core.files import replacing, sha256
+from l2c_export.core.samplers import Update, update_fault
 from l2c_export.errors import L2CError, UnsupportedError
 
 MANIFEST = "l2c.json"
@@ -57,14 +58,15 @@ class ProgramCall:
     Attributes:
         graph: Name of the step graph.
         timestep: What the network is told.
-        update: Coefficients of the next latent over ``"x"`` and ``"output"``.
+        update: What becomes of the latent and of what the sampler keeps, see
+            :data:`l2c_export.core.samplers.Update`.
         reads: Slot to the buffer bound as its input.
         writes: Slot to the buffer bound as its output.
     """
 
     graph: str
     timestep: float
-    update: dict[str, float]
+    update: Update
     reads: dict[str, int]
     writes: dict[str, int]
 
@@ -113,6 +115,7 @@ class Manifest:
         weights: Where the weights came from.
         schedule: How the schedule was made, and what it removes.
         sampler: Name of the sampler; its numbers are in the calls.
+        stochastic: Whether calls draw noise.
         latent: (C, H, W) of one latent, float32.
         classes: Labels are 0 to ``classes`` - 1.
         batch: Smallest and largest number of latents in one call.
@@ -133,6 +136,7 @@ class Manifest:
     weights: dict[str, Any]
     schedule: dict[str, Any]
     sampler: str
+    stochastic: bool
     latent: tuple[int, ...]
     classes: int
     batch: tuple[int, int]
@@ -305,11 +309,13 @@ def _check_program(manifest: Manifest, where: str) -> None:
     if not manifest.calls:
         refuse("the program has no calls")
     held: dict[str, int] = {}
+    histories: set[str] = set()
     for i, call in enumerate(manifest.calls):
-        if set(call.update) != {"x", "output"}:
-            refuse(f"call {i} updates with {sorted(call.update)}, this release knows x and output")
-        if not all(map(math.isfinite, (call.timestep, *call.update.values()))):
-            refuse(f"call {i} has a timestep or an update that is no finite number")
+        if fault := update_fault(call.update, histories, manifest.stochastic):
+            refuse(f"call {i} {fault}")
+        histories |= call.update.keys()
+        if not math.isfinite(call.timestep):
+            refuse(f"call {i} has a timestep that is no finite number")
         if unknown := sorted((set(call.reads) | set(call.writes)) - set(manifest.slots.names)):
             refuse(f"call {i} names unknown slots {unknown}")
         if not all(0 <= b < manifest.buffers for b in (*call.reads.values(), *call.writes.values())):

@@ -49,6 +49,11 @@ class DiTConfig(Geometry):
         return self.patches
 
     @property
+    def first_timestep(self) -> int:
+        """What the network is told for the least noise: training counts its steps from 0."""
+        return 0
+
+    @property
     def blocks(self) -> int:
         """Blocks that are run, one after the other."""
         return self.depth

@@ -84,7 +84,7 @@ def update_coefficients(manifest: Manifest) -> NDArray[np.float32]:
 
 
 def _terms(call: ProgramCall) -> Mapping[str, Mapping[str, float]]:
-    return {"x": call.update}
+    return call.update
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,10 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from l2c_export.core.samplers import NOISE_SCHEDULES, PREDICTIONS
 from l2c_export.errors import L2CError
 
 Shape = tuple[int, ...]
-
-NOISE_SCHEDULES = ("linear", "scaled_linear")
-PREDICTIONS = ("noise", "velocity")
 
 _LARGEST_MLP = 1 << 20
 

@@ -44,6 +44,11 @@ class UViTConfig(Geometry):
         return self.patches + 2
 
     @property
+    def first_timestep(self) -> int:
+        """What the network is told for the least noise: training counts its steps from 1."""
+        return 1
+
+    @property
     def blocks(self) -> int:
         """Blocks that are run, one after the other."""
         return self.depth + 1

@@ -68,7 +68,7 @@ def _head(bundle: Bundle, checked: bool) -> list[str]:
         f"{len(manifest.slots.names)} slots, {latent} latents, {manifest.classes} classes",
         "weights": _weights(manifest.weights),
         "schedule": f"{_schedule(manifest.schedule)}; {removed} of {everything} sub-layers reused",
-        "sampler": f"{manifest.sampler}, {len(manifest.calls)} calls",
+        "sampler": _sampler(manifest),
         "batch": f"{low}" if low == high else f"{low} to {high}",
         "guidance": f"scale {guidance.scale:g} on {guidance.channels} of {manifest.latent[0]} channels"
         if guidance
@@ -89,6 +89,13 @@ def _schedule(source: dict[str, Any]) -> str:
         return str(source.get("policy", source.get("kind", "unknown")))
     router = source.get("router", {})
     return f"{router.get('file', 'router')}{_sha256(router)} at θ = {source.get('threshold')}"
+
+
+def _sampler(manifest: Manifest) -> str:
+    kept = len({target for call in manifest.calls for target in call.update} - {"x"})
+    keeps = f", keeps {kept} latent{'s' * (kept > 1)} between calls" if kept else ""
+    noise = ", draws noise in its calls" if manifest.stochastic else ""
+    return f"{manifest.sampler}, {len(manifest.calls)} calls{keeps}{noise}"
 
 
 def _sha256(source: dict[str, Any]) -> str:
@@ -129,7 +136,7 @@ def _call_lines(manifest: Manifest) -> list[str]:
 
 def _call_line(manifest: Manifest, index: int, call: ProgramCall, width: int) -> str:
     computes = len(manifest.slots.names) - len(call.reads)
-    update = f"{call.update['x']:.6f} x {call.update['output']:+.6f} output"
+    update = " ".join(f"{number:+.4f} {source}" for source, number in call.update["x"].items())
     return (
         f"{index:4}  {call.timestep:6g}  {call.graph:{width}}  {computes:8}  {len(call.reads):5}  "
         f"{len(call.writes):6}  {update}"

@@ -116,10 +116,13 @@ def _torch(bundle: str, batch: int, threads: int) -> None:
     noise = np.random.default_rng(0).standard_normal((batch, *manifest.latent), np.float32)
     x, labels = torch.from_numpy(noise), torch.arange(batch) % manifest.classes
     scale = manifest.guidance.scale if manifest.guidance else 1.0
+    torch.manual_seed(0)
 
     def run(calls: int) -> None:
         program = manifest.calls[:calls]
-        for _ in reference.trajectory(program, [tuple(c.reads) for c in program], labels, x, scale):
+        reused = [tuple(c.reads) for c in program]
+        draws = (torch.randn_like(x) for _ in program) if manifest.stochastic else ()
+        for _ in reference.trajectory(program, reused, labels, x, scale, draws):
             pass
 
     run(2)  # the warm-up: the weights are mapped and the threads there

@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from l2c_export.core.bundle import Manifest, ProgramCall
-from l2c_export.core.samplers import sampler_table
+from l2c_export.core.samplers import Call, model_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,6 +114,7 @@ class Comparison:
         scale: Guidance scale.
         calls: How many calls to compare.
         branches: Takes (B, C, H, W) x and a timestep; gives every slot of the bundle's full graph.
+        call_noise: (calls, B, C, H, W) float32 that the calls draw; None where they draw none.
     """
 
     reference: Reference
@@ -123,6 +125,7 @@ class Comparison:
     scale: float
     calls: int
     branches: Callable[[Array, float], Mapping[str, Array]]
+    call_noise: Array | None = None
 
     def cached(self, tolerance: float) -> Iterator[tuple[CallErrors, Array]]:
         """Yield each call's errors and the bundle's (B, C, H, W) latent after it."""
@@ -155,19 +158,25 @@ class Comparison:
 
     def _start(self, *, cached: bool) -> None:
         scale = self.scale if self.manifest.guidance else None
-        self.session.start(self.labels, self.noise, scale, cached)
+        self.session.start(self.labels, self.noise, scale, cached, call_noise=self.call_noise)
+
+    @cached_property
+    def _table(self) -> tuple[Call, ...]:
+        """What the sampler's name says for the model, not what the manifest's numbers are."""
+        config = self.reference.config
+        return model_table(self.manifest.sampler, len(self.manifest.calls), config)
 
     def _records(self, program: list[ProgramCall]) -> Iterator[Record]:
         """The reference's calls: timesteps and updates are the sampler's, not the manifest's."""
         import torch
 
-        table = sampler_table(self.manifest.sampler, len(self.manifest.calls))[: self.calls]
         return self.reference.trajectory(
-            table,
+            self._table[: self.calls],
             [tuple(call.reads) for call in program],
             torch.from_numpy(self.labels),
             torch.from_numpy(self.noise),
             self.scale,
+            () if self.call_noise is None else map(torch.from_numpy, self.call_noise),
         )
 
     def _forced(self, i: int, call: ProgramCall, record: Record) -> tuple[float, dict[str, float]]:
@@ -213,7 +222,7 @@ class Comparison:
 
         if not all(torch.isfinite(value).all() for value in (record.x, *reads.values())):
             return math.nan
-        timestep = sampler_table(self.manifest.sampler, len(self.manifest.calls))[i].timestep
+        timestep = self._table[i].timestep
         labels = torch.from_numpy(self.labels)
         wanted, _ = self.reference.call(record.x, timestep, labels, self.scale, reads)
         arrays = {name: self._stored(value) for name, value in reads.items()}

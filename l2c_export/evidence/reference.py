@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Protocol
 
@@ -29,8 +30,8 @@ class Step(Protocol):
         """What the network is told."""
 
     @property
-    def update(self) -> Mapping[str, float]:
-        """Coefficients of the next latent over ``"x"`` and ``"output"``."""
+    def update(self) -> Mapping[str, Mapping[str, float]]:
+        """What becomes of the latent and of what the sampler keeps, see ``core.samplers.Update``."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Reference:
         labels: Tensor,
         noise: Tensor,
         guidance_scale: float,
+        call_noise: Iterable[Tensor] = (),
     ) -> Iterator[Record]:
         """Sample, yielding call by call.
 
@@ -113,15 +115,22 @@ class Reference:
             labels: (B,) int64.
             noise: (B, C, S, S) float32, the first latent.
             guidance_scale: Of classifier-free guidance; not used without guidance.
+            call_noise: For each call the (B, C, S, S) noise that it may draw; for stochastic
+                samplers.
         """
-        x = noise
+        latents, draws = {"x": noise}, iter(call_noise)
         last: Branches = {}
         for call, names in zip(calls, reused, strict=True):
-            reuse = {name: last[name] for name in names}
+            x, reuse = latents["x"], {name: last[name] for name in names}
             output, last = self.call(x, call.timestep, labels, guidance_scale, reuse)
-            x_next = call.update["x"] * x + call.update["output"] * output
-            yield Record(x, output, last, x_next)
-            x = x_next
+            values = latents | {"output": output}
+            if (drawn := next(draws, None)) is not None:
+                values["noise"] = drawn
+            latents = latents | {
+                target: reduce(torch.add, [c * values[source] for source, c in sources.items()])
+                for target, sources in call.update.items()
+            }
+            yield Record(x, output, last, latents["x"])
 
 
 def bundle_reference(bundle: Bundle) -> Reference:

@@ -87,6 +87,7 @@ def sample_to_files(
     latents = runner.sample(
         labels,
         noise=noise,
+        seed=seed if manifest.stochastic else None,
         guidance_scale=options.guidance_scale,
         cached=options.cached,
         callback=_counter(manifest, len(labels), progress),

@@ -127,8 +127,9 @@ def verify(runner: Runner, settings: Settings, progress: Progress = lambda *_: N
         "reference_weights": str(settings.checkpoint or "the bundle's"),
     }
     report = Report(tolerance, inputs)
+    draws = draw_call_noise(manifest, len(labels), settings.seed)
     branches = functools.partial(full_branches, runner, labels, scale)
-    pair = Comparison(reference, session, manifest, labels, noise, scale, count, branches)
+    pair = Comparison(reference, session, manifest, labels, noise, scale, count, branches, draws)
     latents = []
     for errors, latent in pair.cached(tolerance):
         report.cached.append(errors)
@@ -177,6 +178,19 @@ def draw_inputs(
     else:
         raise L2CError(f"{len(labels)} labels do not make a batch of {batch}")
     return chosen, random.standard_normal((len(chosen), *manifest.latent), np.float32)
+
+
+def draw_call_noise(manifest: Manifest, batch: int, seed: int) -> NDArray[np.float32] | None:
+    """(calls, B, C, H, W) noise for a stochastic sampler, as ``run`` draws it; None for others."""
+    if not manifest.stochastic:
+        return None
+    from l2c_export.runtime.noise import seeded_noise
+
+    drawn = np.empty((len(manifest.calls), batch, *manifest.latent), np.float32)
+    fill = seeded_noise(seed, range(batch))
+    for index, call in enumerate(drawn):
+        fill(index, call)
+    return drawn
 
 
 def _load_reference(bundle: Bundle, checkpoint: Path | None) -> Reference:

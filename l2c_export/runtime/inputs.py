@@ -61,16 +61,25 @@ def check_noise(
     """(B, C, H, W) float32 to start from: the caller's, or standard normal from a seed.
 
     Raises:
-        L2CError: Noise and seed are both given, or one is unfit.
+        L2CError: Noise and seed are both given where calls draw no noise, or one is unfit.
     """
     shape = (batch, *manifest.latent)
+    check_seed(seed)
     if noise is None:
-        if seed is not None and not (isinstance(seed, numbers.Integral) and seed >= 0):
-            raise L2CError(f"seed is {seed!r}; it must be a whole number, 0 or more")
         return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    if seed is not None:
+    if seed is not None and not manifest.stochastic:
         raise L2CError("noise and seed are both given; the seed is only for making noise")
     return check_floats(noise, shape, np.dtype(np.float32), "noise")
+
+
+def check_seed(seed: int | None) -> None:
+    """Refuse a seed that numpy would not take.
+
+    Raises:
+        L2CError: It is neither None nor a whole number from 0.
+    """
+    if seed is not None and not (isinstance(seed, numbers.Integral) and seed >= 0):
+        raise L2CError(f"seed is {seed!r}; it must be a whole number, 0 or more")
 
 
 def check_floats(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> Array:

@@ -13,6 +13,7 @@ another framework; results have ``__dlpack__`` as every numpy array has.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,9 @@ from numpy.typing import NDArray
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle, read_bundle
 from l2c_export.runtime.backends import Backend, LoadedGraph, load_backend
 from l2c_export.runtime.inputs import batches, check_labels, check_noise
-from l2c_export.runtime.session import Floats, Session
+from l2c_export.runtime.noise import NoiseSource, check_call_noise, given_noise, seeded_noise
+from l2c_export.runtime.sampler_state import Floats
+from l2c_export.runtime.session import Session
 
 Callback = Callable[[int, float, Floats], None]
 """Takes a call's index, its timestep and the (batch, C, H, W) latent after it.
@@ -107,6 +110,7 @@ class Runner:
         seed: int | None = None,
         guidance_scale: float | None = None,
         cached: bool = True,
+        call_noise: Any = None,
         callback: Callback | None = None,
     ) -> Floats:
         """Sample any number of latents. Several threads may do so at once.
@@ -118,9 +122,12 @@ class Runner:
             labels: (N,) integer classes, at least one.
             noise: (N, C, H, W) float32 to start from, instead of ``seed``.
             seed: Start from ``numpy.random.default_rng(seed).standard_normal`` of (N, C, H, W) in
-                float32, whatever the batches. Without seed and noise, every run is another.
+                float32, whatever the batches. Where the sampler is stochastic, the noise of the
+                calls comes from the seed too, and noise may be given beside it. Without a seed,
+                every run draws other noise.
             guidance_scale: Of classifier-free guidance; None is the bundle's own.
             cached: False computes everything in every call.
+            call_noise: (calls, N, C, H, W) float32: what the calls of a stochastic sampler draw.
             callback: Called after each call of each batch in turn; may raise to stop.
 
         Returns:
@@ -131,11 +138,26 @@ class Runner:
         """
         labels = check_labels(self.manifest, labels)
         noise = check_noise(self.manifest, len(labels), noise, seed)
+        draw = self._call_noise(len(labels), call_noise, seed)
         done = [
-            self._trajectory(labels[part], noise[part], guidance_scale, cached, callback)[:fresh]
+            self._trajectory(
+                labels[part], noise[part], guidance_scale, cached, draw(part.tolist()), callback
+            )[:fresh]
             for part, fresh in batches(len(labels), self.manifest.batch)
         ]
         return np.concatenate(done)
+
+    def _call_noise(
+        self, count: int, given: Any, seed: int | None
+    ) -> Callable[[list[int]], NoiseSource | None]:
+        """A function that makes the noise of the calls for some of the images."""
+        if given is not None:
+            noise = check_call_noise(self.manifest, count, given)
+            return lambda part: given_noise(noise[:, part])
+        if not self.manifest.stochastic:
+            return lambda part: None
+        entropy = secrets.randbits(128) if seed is None else seed
+        return lambda part: seeded_noise(entropy, part)
 
     def _trajectory(
         self,
@@ -143,11 +165,12 @@ class Runner:
         noise: Floats,
         guidance_scale: float | None,
         cached: bool,
+        call_noise: NoiseSource | None,
         callback: Callback | None,
     ) -> Floats:
         """Run one batch from noise to latents."""
         with self._lent(len(labels)) as session:
-            session.start(labels, noise, guidance_scale, cached)
+            session.start(labels, noise, guidance_scale, cached, call_noise=call_noise)
             for call in session:
                 if callback is not None:
                     callback(call.index, call.timestep, call.x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from l2c_export.core.bundle import CONDITIONING, Manifest, ProgramCall, Value
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime.backends import Array, LoadedGraph
+from l2c_export.runtime.buffers import aligned
 from l2c_export.runtime.inputs import (
     check_batch,
     check_floats,
@@ -20,10 +21,8 @@ from l2c_export.runtime.inputs import (
     check_labels,
     check_noise,
 )
-
-Floats = NDArray[np.float32]
-
-_ALIGNMENT = 256  # bytes; what the strictest backend asks of an address
+from l2c_export.runtime.noise import NoiseSource, check_call_noise, given_noise, seeded_noise
+from l2c_export.runtime.sampler_state import Floats, SamplerState
 
 _DTYPES = ("float32", "float16", "int64")
 
@@ -79,11 +78,11 @@ class Session:
         manifest = graphs.manifest
         check_batch(manifest, batch)
         self.batch = batch
-        self.x: Floats = aligned((batch, *manifest.latent))
+        self._state = SamplerState(manifest, batch)
+        self.x: Floats = self._state.x
         self._manifest = manifest
         self._graphs = graphs
-        self._output: Floats = aligned(self.x.shape)
-        self._scaled: Floats = aligned(self.x.shape)
+        self._noise: NoiseSource | None = None
         self._guidance: Floats = aligned((1,))
         self._slot_shape = (batch * manifest.rows, *manifest.slots.shape)
         self._slot_dtype = dtype_of(manifest.slots.dtype)
@@ -102,17 +101,21 @@ class Session:
         cached: bool = True,
         *,
         seed: int | None = None,
+        call_noise: Any = None,
     ) -> None:
         """Begin a trajectory, and forget one that is under way.
 
-        Arguments as in :meth:`l2c_export.runtime.Runner.sample`, for exactly ``batch`` labels.
+        Arguments as in :meth:`l2c_export.runtime.Runner.sample`, for exactly ``batch`` labels;
+        ``call_noise`` may also be a function, see :data:`l2c_export.runtime.noise.NoiseSource`.
         """
         manifest = self._manifest
         labels = check_labels(manifest, labels)
         if len(labels) != self.batch:
             raise L2CError(f"{len(labels)} labels for a session of batch {self.batch}")
         scale = check_guidance(manifest, guidance_scale)
+        source = self._noise_source(call_noise, seed)
         np.copyto(self.x, check_noise(manifest, self.batch, noise, seed))
+        self._noise = source
         self._guidance[0] = scale
         self._program = manifest.calls if cached else _uncached(manifest)
         self._index, self._held = 0, {}
@@ -131,13 +134,11 @@ class Session:
         run = self._bound_call(call)
         self._conditioning.select(index)
         run()
-        np.multiply(self.x, np.float32(call.update["x"]), out=self.x)
-        np.multiply(self._output, np.float32(call.update["output"]), out=self._scaled)
-        np.add(self.x, self._scaled, out=self.x)
+        self._state.apply(index, call.update, self._noise)
         written = call.writes.values()
         self._held = {s: b for s, b in self._held.items() if b not in written} | call.writes
         self._index += 1
-        return CallResult(index, call.timestep, self._output, self.x)
+        return CallResult(index, call.timestep, self._state.output, self.x)
 
     def __iter__(self) -> Iterator[CallResult]:
         """Run the calls that are left."""
@@ -191,13 +192,20 @@ class Session:
         run()
         return output, writes
 
+    def _noise_source(self, call_noise: Any, seed: int | None) -> NoiseSource | None:
+        if call_noise is None:
+            return seeded_noise(seed, range(self.batch)) if self._manifest.stochastic else None
+        if callable(call_noise):
+            return cast(NoiseSource, call_noise)
+        return given_noise(check_call_noise(self._manifest, self.batch, call_noise))
+
     def _bound_call(self, call: ProgramCall) -> Callable[[], None]:
         """Bind once; calls with the same graph and buffers share it."""
         key = (call.graph, *call.reads.items(), "->", *call.writes.items())
         if key not in self._bound:
             reads = {slot: self._buffers[b] for slot, b in call.reads.items()}
             writes = {slot: self._buffers[b] for slot, b in call.writes.items()}
-            self._bound[key] = self._bind(call.graph, self.x, self._output, reads, writes)
+            self._bound[key] = self._bind(call.graph, self.x, self._state.output, reads, writes)
         return self._bound[key]
 
     def _bind(
@@ -264,15 +272,6 @@ class _Conditioning:
         outputs = {CONDITIONING: self._table.reshape(-1, *width)}
         _bind(self._graphs, CONDITIONING, inputs, outputs)()
         self._first = first
-
-
-def aligned(shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
-    """An uninitialised array whose address suits every backend."""
-    dtype = np.dtype(dtype)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    skip = -memory.ctypes.data % _ALIGNMENT
-    return memory[skip : skip + size].view(dtype).reshape(shape)
 
 
 def dtype_of(name: str) -> np.dtype[Any]:

@@ -75,7 +75,8 @@ def pair_loss(
     full, reusing = pair
     with torch.no_grad():
         out, cached = model(noisy, _times(full, noisy), labels)
-        x = full.update["x"] * noisy + full.update["output"] * out[:, : model.config.in_channels]
+        step = full.update["x"]
+        x = step["x"] * noisy + step["output"] * out[:, : model.config.in_channels]
         teacher, _ = model(x, _times(reusing, x), labels)
     with mixing(model, cached, weights):
         student, _ = model(x, _times(reusing, x), labels)
