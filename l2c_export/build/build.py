@@ -48,7 +48,7 @@ from l2c_export.core.files import key_of, remove_partial, replacing, sha256, wri
 from l2c_export.core.models import family_defaults
 from l2c_export.core.plan import Plan, StepGraph
 from l2c_export.core.plan_report import plan_json
-from l2c_export.core.samplers import is_stochastic
+from l2c_export.core.sampler_call import is_stochastic
 from l2c_export.errors import L2CError, UnsupportedError
 
 _log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from l2c_export.core.files import replacing, sha256
-from l2c_export.core.samplers import Update, update_fault
+from l2c_export.core.sampler_call import Update, update_fault
 from l2c_export.errors import L2CError, UnsupportedError
 
 MANIFEST = "l2c.json"
@@ -59,7 +59,7 @@ class ProgramCall:
         graph: Name of the step graph.
         timestep: What the network is told.
         update: What becomes of the latent and of what the sampler keeps, see
-            :data:`l2c_export.core.samplers.Update`.
+            :data:`l2c_export.core.sampler_call.Update`.
         reads: Slot to the buffer bound as its input.
         writes: Slot to the buffer bound as its output.
     """

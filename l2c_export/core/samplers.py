@@ -6,42 +6,40 @@ a bundle carries numbers and a runner needs no solver code.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from l2c_export.core.dpm_solver import clean, dpm_solver_2m, dpm_solver_2s, dpm_solver_3s
+from l2c_export.core.noise_schedule import (
+    NOISE_SCHEDULES,
+    TRAIN_STEPS,
+    Level,
+    alphas_cumprod,
+    linear_alphas_cumprod,
+)
+from l2c_export.core.sampler_call import Call, Update, combine
 from l2c_export.errors import L2CError
 
-Update = dict[str, dict[str, float]]
-"""What a call leaves behind: target to the coefficients of its sources.
-
-Targets are ``"x"``, the next latent, and the histories that the call writes; others keep their value.
-Sources are ``"x"`` (the latent that the call saw), ``"output"`` (the guided model output), histories,
-and ``"noise"`` (fresh standard normal numbers, one draw a call). All are the values before the update.
-"""
-
-HISTORIES = ("history", "history2")
-"""Latents that a solver keeps between calls, each of the shape of x."""
+__all__ = [
+    "NOISE_SCHEDULES",
+    "PREDICTIONS",
+    "SAMPLERS",
+    "Call",
+    "Update",
+    "ddim",
+    "linear_alphas_cumprod",
+    "model_table",
+    "sampler_table",
+    "spaced_timesteps",
+]
 
 PREDICTIONS = ("noise", "velocity")
 """What a network's output can be."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One evaluation of the network and the update after it.
-
-    Attributes:
-        timestep: What the network is told.
-        update: See :data:`Update`.
-    """
-
-    timestep: float
-    update: Update
 
 
 class Model(Protocol):
@@ -60,76 +58,7 @@ class Model(Protocol):
         """What the network is told for the least noise: 0 where training counts steps from 0."""
 
 
-def update_fault(update: Update, written: Collection[str], stochastic: bool) -> str | None:
-    """What is wrong with a call's update, in words; None where a runner can execute it.
-
-    Args:
-        update: Of one call.
-        written: The histories that earlier calls wrote.
-        stochastic: Whether the program may draw noise.
-    """
-    if "x" not in update:
-        return "has no update of x"
-    if unknown := sorted(set(update) - {"x", *HISTORIES}):
-        return f"updates {unknown}, this release knows x, {', '.join(HISTORIES)}"
-    sources = {source for coefficients in update.values() for source in coefficients}
-    if unknown := sorted(sources - {"x", "output", "noise", *HISTORIES}):
-        return f"updates from {unknown}, this release knows x, output, noise, {', '.join(HISTORIES)}"
-    if early := sorted(sources & set(HISTORIES) - set(written)):
-        return f"reads {early}, which no call before it wrote"
-    if "noise" in sources and not stochastic:
-        return "draws noise, though the sampler is not stochastic"
-    if not all(update.values()):
-        return "has an update from nothing"
-    if not all(math.isfinite(number) for terms in update.values() for number in terms.values()):
-        return "has an update that is no finite number"
-    return None
-
-
-def is_stochastic(calls: Collection[Call]) -> bool:
-    """Whether a program draws noise after its start."""
-    return any("noise" in sources for call in calls for sources in call.update.values())
-
-
-# Noise schedules --------------------------------------------------------------------------------
-
-
-def linear_alphas_cumprod(train_steps: int = 1000) -> NDArray[np.float64]:
-    """(train_steps,) product of 1 - beta, beta linear from 1e-4 to 0.02 (Ho et al. 2020)."""
-    betas = np.linspace(1e-4, 0.02, train_steps, dtype=np.float64)
-    return np.cumprod(1.0 - betas, dtype=np.float64)
-
-
-def scaled_linear_alphas_cumprod(train_steps: int = 1000) -> NDArray[np.float64]:
-    """(train_steps,) the same with sqrt(beta) linear, beta from 0.00085 to 0.012 (Stable Diffusion)."""
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, train_steps, dtype=np.float64) ** 2
-    return np.cumprod(1.0 - betas, dtype=np.float64)
-
-
-NOISE_SCHEDULES: dict[str, Callable[[], NDArray[np.float64]]] = {
-    "linear": linear_alphas_cumprod,
-    "scaled_linear": scaled_linear_alphas_cumprod,
-}
-"""Name to the (1000,) alphas-bar of training, least noise first."""
-
-
-def alphas_cumprod(noise_schedule: str) -> NDArray[np.float64]:
-    """(1000,) alphas-bar of a named schedule.
-
-    Raises:
-        L2CError: There is none of that name.
-    """
-    if noise_schedule not in NOISE_SCHEDULES:
-        raise L2CError(
-            f"unknown noise schedule {noise_schedule!r}; known: {', '.join(NOISE_SCHEDULES)}"
-        )
-    return NOISE_SCHEDULES[noise_schedule]()
-
-
-# Samplers ---------------------------------------------------------------------------------------
-
-
-def spaced_timesteps(calls: int, train_steps: int = 1000) -> NDArray[np.int64]:
+def spaced_timesteps(calls: int, train_steps: int = TRAIN_STEPS) -> NDArray[np.int64]:
     """(calls,) ascending timesteps of the official DiT: round(i * 999 / (calls - 1)).
 
     This is not the strided "ddimN" spacing; released routers are tied to it.
@@ -159,22 +88,68 @@ def ddim(calls: int, noise_schedule: str = "linear", first_timestep: int = 0) ->
     )
 
 
-class Sampler(Protocol):
-    """Makes the table of a sampler."""
+def ddpm(calls: int, noise_schedule: str, first_timestep: int) -> tuple[Call, ...]:
+    """Ancestral sampling on DDIM's timesteps (Ho et al. 2020, eq. 7): the variance is beta-tilde."""
+    steps = spaced_timesteps(calls)
+    alphas = alphas_cumprod(noise_schedule)[steps]
+    table = []
+    for i in reversed(range(calls)):
+        now, after = float(alphas[i]), float(alphas[i - 1]) if i else 1.0
+        beta = 1 - now / after
+        update = combine(
+            (after**0.5 * beta / (1 - now), clean(Level.of(now))),
+            ((now / after) ** 0.5 * (1 - after) / (1 - now), {"x": 1.0}),
+            (((1 - after) / (1 - now) * beta) ** 0.5, {"noise": 1.0}),
+        )
+        table.append(Call(float(steps[i] + first_timestep), {"x": update}))
+    return tuple(table)
+
+
+def euler(calls: int, noise_schedule: str = "", first_timestep: int = 0) -> tuple[Call, ...]:
+    """Euler steps along a rectified flow (Liu et al. 2022, algorithm 1), uniform in sigma.
+
+    A latent is (1 - sigma) x0 + sigma noise, the network predicts noise - x0 and is told 1000 sigma,
+    as in Stable Diffusion 3. It has no use for a noise schedule and a first timestep.
+    """
+    if not 1 <= calls <= TRAIN_STEPS:
+        raise L2CError(f"{calls} steps: the number of steps must be between 1 and {TRAIN_STEPS}")
+    sigmas = np.linspace(1.0, 0.0, calls + 1)
+    return tuple(
+        Call(float(TRAIN_STEPS * sigma), {"x": {"x": 1.0, "output": float(after - sigma)}})
+        for sigma, after in pairwise(sigmas)
+    )
+
+
+class Table(Protocol):
+    """Makes the calls of a sampler."""
 
     def __call__(self, calls: int, noise_schedule: str, first_timestep: int) -> tuple[Call, ...]:
         """``calls`` calls, noisiest first."""
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A sampler and the prediction that it is for."""
+class Sampler:
+    """A sampler.
 
-    table: Sampler
+    Attributes:
+        table: Makes its calls.
+        calls_per_step: Evaluations in one step of the solver.
+        prediction: What the network must predict.
+    """
+
+    table: Table
+    calls_per_step: int = 1
     prediction: str = "noise"
 
 
-SAMPLERS: Mapping[str, _Entry] = {"ddim": _Entry(ddim)}
+SAMPLERS: Mapping[str, Sampler] = {
+    "ddim": Sampler(ddim),
+    "dpm-solver-2s": Sampler(dpm_solver_2s, 2),
+    "dpm-solver-3s": Sampler(dpm_solver_3s, 3),
+    "dpm-solver-2m": Sampler(dpm_solver_2m),
+    "euler": Sampler(euler, prediction="velocity"),
+    "ddpm": Sampler(ddpm),
+}
 
 
 def sampler_table(
@@ -191,7 +166,7 @@ def sampler_table(
     Raises:
         L2CError: There is no sampler or schedule of that name, or it cannot make that many calls.
     """
-    return _entry(name).table(calls, noise_schedule, first_timestep)
+    return _sampler(name).table(calls, noise_schedule, first_timestep)
 
 
 def model_table(name: str, calls: int, model: Model) -> tuple[Call, ...]:
@@ -200,17 +175,17 @@ def model_table(name: str, calls: int, model: Model) -> tuple[Call, ...]:
     Raises:
         L2CError: As :func:`sampler_table`, or the sampler is for another kind of prediction.
     """
-    wanted = _entry(name).prediction
+    wanted = _sampler(name).prediction
     if model.prediction != wanted:
-        fitting = [other for other, entry in SAMPLERS.items() if entry.prediction == model.prediction]
+        fitting = [other for other, its in SAMPLERS.items() if its.prediction == model.prediction]
         raise L2CError(
             f"sampler {name!r} is for models that predict {wanted}, this one predicts "
-            f"{model.prediction}; its samplers: {', '.join(fitting)}"
+            f"{model.prediction}; use --sampler {' or '.join(fitting)}"
         )
     return sampler_table(name, calls, model.noise_schedule, model.first_timestep)
 
 
-def _entry(name: str) -> _Entry:
+def _sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise L2CError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
     return SAMPLERS[name]

@@ -31,7 +31,7 @@ class Step(Protocol):
 
     @property
     def update(self) -> Mapping[str, Mapping[str, float]]:
-        """What becomes of the latent and of what the sampler keeps, see ``core.samplers.Update``."""
+        """What becomes of the latent and of what the sampler keeps."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l2c_export.core.bundle import Manifest
-from l2c_export.core.samplers import Update
+from l2c_export.core.sampler_call import Update
 from l2c_export.runtime.buffers import aligned
 from l2c_export.runtime.noise import NoiseSource
 
