@@ -61,13 +61,18 @@ def _watch() -> _Watch:
     return watch
 
 
-def _watched_build(folder: Path, request: Request, act: Callable[[], None]) -> None:
+def watched(folder: Path, work: Callable[[], object], act: Callable[[], None]) -> None:
+    """Do some work, and call ``act`` before everything that it does to the files in a folder."""
     watch = _watch()
     watch.act, watch.folder = act, str(folder)
     try:
-        build_bundle(folder, request)
+        work()
     finally:
         watch.folder = None
+
+
+def _watched_build(folder: Path, request: Request, act: Callable[[], None]) -> None:
+    watched(folder, lambda: build_bundle(folder, request), act)
 
 
 def count_operations(folder: Path, request: Request) -> int:

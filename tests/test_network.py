@@ -61,14 +61,28 @@ def test_operands_of_matrix_products_are_inputs_and_small_parameters_constants(t
     shapes = {value.name: value.shape for value in net.weights}
     assert shapes["blocks.0.attn.qkv.weight"] == (96, 32)
     assert shapes["blocks.0.attn.qkv.bias"] == (1, 96)
-    assert set(net.inlined) == {"pos_embed", "x_embedder.proj.weight", "x_embedder.proj.bias"}
+    names = {value.name for value in net.constants}
+    assert names == {"pos_embed", "x_embedder.proj.weight", "x_embedder.proj.bias"}
 
 
 def test_a_parameter_over_the_limit_is_an_input_whatever_reads_it(tiny_bundle, monkeypatch):
     monkeypatch.setattr(network, "INLINED", 0)
     net = engine_network(tiny_bundle, CONDITIONING)
-    assert net.inlined == ()
+    assert net.constants == ()
     assert "y_embedder.embedding_table.weight" in {value.name for value in net.weights}
+
+
+def test_all_parameters_can_stay_constants_that_lie_in_the_weights_file(tiny_bundle, tmp_path):
+    graph = tiny_bundle.manifest.uncached
+    net = engine_network(tiny_bundle, graph, constant=True)
+    assert net.weights == ()
+    assert "blocks.0.attn.qkv.bias" in {value.name for value in net.constants}
+    path = tmp_path / "constant.onnx"
+    path.write_bytes(net.model)
+    (tmp_path / WEIGHTS).write_bytes((tiny_bundle.path / WEIGHTS).read_bytes())
+    feeds = arrays(net.inputs)
+    (mine,) = run(str(path), feeds)
+    np.testing.assert_array_equal(mine, run(str(tiny_bundle.file(graph)), feeds)[0])
 
 
 def test_a_step_graph_without_computed_slots_takes_the_weights_that_it_needs_alone(tiny_bundle):

@@ -12,9 +12,9 @@ import hashlib
 import json
 import lzma
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,9 @@ PORTABLE = "portable"
 
 PORTABLE_TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
 """What those name in their header (TensorRT-RTX 1.7): Ampere and later that the library serves."""
+
+CONSTANTS = "constants"
+"""The option ``weights`` of engines that hold all their weights."""
 
 _SOURCES = ("x", "output", "noise")
 
@@ -101,10 +104,11 @@ class Engine:
         weights: Parameters of ``weights.safetensors`` that are inputs too, as the engine takes them: a
             bias has a leading 1.
         outputs: In order.
-        inlined: Parameters that the engine holds as constants.
+        constants: Parameters that the engine holds.
         scratch: Bytes of device memory while it runs; engines that run one after the other share it.
             None where only the device can tell.
-        kernels: Kernels of one run, by the builder's own log; None where it does not say.
+        fusion: How well it was fused, by the builder's own log: ``kernels`` and more; empty where the
+            log does not say.
     """
 
     graph: str
@@ -115,9 +119,9 @@ class Engine:
     inputs: tuple[Value, ...]
     weights: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    inlined: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
     scratch: int | None = None
-    kernels: int | None = None
+    fusion: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,8 @@ class EngineSet:
     @property
     def folder(self) -> str:
         """Name of its folder."""
-        return folder_name(self.backend, self.version, self.targets)
+        constant = self.options.get("weights") == CONSTANTS
+        return folder_name(self.backend, self.version, self.targets, constant)
 
     @property
     def plan_bytes(self) -> int:
@@ -178,16 +183,16 @@ class EngineSet:
         manifest = bundle.manifest
         for graph in (*manifest.step_graphs(), CONDITIONING, UPDATE):
             engine = self.engine(graph)
-            if engine.source != source_of(manifest, graph, bool(engine.inlined)):
+            if engine.source != source_of(manifest, graph, bool(engine.constants)):
                 raise L2CError(
                     f"engines {self.folder} were built from another {graph} than the bundle's; build "
                     f"them again: l2c-export engines {bundle.path} --backend {self.backend}"
                 )
 
 
-def folder_name(backend: str, version: str, targets: Iterable[str]) -> str:
-    """Name of the folder for a backend, its version and targets."""
-    return f"{backend}-{version}-{'+'.join(targets)}"
+def folder_name(backend: str, version: str, targets: Iterable[str], constant: bool) -> str:
+    """Name of the folder for a backend, its version and targets, and where the weights are."""
+    return f"{backend}-{version}-{'+'.join(targets)}{'-constants' if constant else ''}"
 
 
 def source_of(manifest: Manifest, graph: str, holds_weights: bool) -> str:
@@ -243,14 +248,21 @@ def read_record(folder: Path) -> EngineSet:
     return engines
 
 
+def engine_from_json(entry: Mapping[str, Any]) -> Engine:
+    """What ``dataclasses.asdict`` made of an engine, read back.
+
+    Raises:
+        KeyError, TypeError: It is something else.
+    """
+
+    def values(key: str) -> tuple[Value, ...]:
+        return tuple(Value(v["name"], v["dtype"], tuple(v["shape"])) for v in entry[key])
+
+    interface = {key: values(key) for key in ("inputs", "weights", "outputs")}
+    return Engine(**{**entry, **interface, "constants": tuple(entry["constants"])})
+
+
 def _parse(data: Mapping[str, Any]) -> EngineSet:
-    def values(entries: Iterable[Mapping[str, Any]]) -> tuple[Value, ...]:
-        return tuple(Value(v["name"], v["dtype"], tuple(v["shape"])) for v in entries)
-
-    def engine(entry: Mapping[str, Any]) -> Engine:
-        interface = {key: values(entry[key]) for key in ("inputs", "weights", "outputs")}
-        return Engine(**{**entry, **interface, "inlined": tuple(entry["inlined"])})
-
     name, entry = data["archive"]
     return EngineSet(
         **{
@@ -258,7 +270,7 @@ def _parse(data: Mapping[str, Any]) -> EngineSet:
             "targets": tuple(data["targets"]),
             "ranges": {key: tuple(sizes) for key, sizes in data["ranges"].items()},
             "archive": (name, File(**entry)),
-            "engines": tuple(engine(entry) for entry in data["engines"]),
+            "engines": tuple(map(engine_from_json, data["engines"])),
         }
     )
 
@@ -297,9 +309,9 @@ def misfit(
 
 
 def pack_plans(path: Path, plans: Iterable[bytes]) -> File:
-    """Write the archive: all plans, one after the other, as one xz stream."""
+    """Write the archive: all plans, one after the other; one xz stream if the name ends in ``.xz``."""
     with replacing(path) as temporary:
-        with lzma.open(temporary, "wb", format=lzma.FORMAT_XZ, filters=_FILTERS) as file:
+        with _open_archive(temporary, "wb") as file:
             for plan in plans:
                 file.write(plan)
         return File(temporary.stat().st_size, sha256(temporary))
@@ -314,7 +326,7 @@ def unpack_plans(folder: Path, engines: EngineSet) -> Iterator[tuple[Engine, byt
     path = folder / engines.archive[0]
     again = "copy the bundle or build the engines again"
     try:
-        with lzma.open(path, "rb") as file:
+        with _open_archive(path, "rb") as file:
             for engine in engines.engines:
                 plan = file.read(engine.bytes)
                 if hashlib.sha256(plan).hexdigest() != engine.sha256:
@@ -322,3 +334,10 @@ def unpack_plans(folder: Path, engines: EngineSet) -> Iterator[tuple[Engine, byt
                 yield engine, plan
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise L2CError(f"cannot read {path}: {error}; {again}") from None
+
+
+def _open_archive(path: Path, mode: str) -> IO[bytes]:
+    if path.suffix != ".xz":
+        return cast(IO[bytes], path.open(mode))
+    writing: dict[str, Any] = {"format": lzma.FORMAT_XZ, "filters": _FILTERS} if mode == "wb" else {}
+    return cast(IO[bytes], lzma.open(path, mode, **writing))

@@ -1,7 +1,8 @@
-"""Deployment profiles: what a target asks of a bundle, one TOML file each in ``profiles/``."""
+"""Deployment profiles: what a target asks of a bundle and its engines, a TOML file in ``profiles/``."""
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +18,10 @@ else:
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
+_NUMBERS = {"threads", "max_graphs", "optimization_level"}
+_SWITCHES = {"tf32"}
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -29,6 +34,12 @@ class Profile:
         batch: Latents in one call, ``"N"`` or ``"LO-HI"``.
         threads: For each call; None leaves it to the backend.
         max_graphs: At most so many step graphs; None for as many as the schedule has.
+        target: Compute capabilities that engines are built for, such as ``"sm86,sm89"``; None for
+            portable engines (rtx), or for the GPU that builds them (trt).
+        max_vram: Device memory that a session may need, such as ``"8G"``; None for any.
+        optimization_level: Of the engine builder, 0 to 5; None for its own.
+        workspace: Scratch memory that a kernel may take while engines are built; None for any.
+        tf32: Whether float32 products may be rounded to TF32.
     """
 
     description: str
@@ -37,6 +48,23 @@ class Profile:
     batch: str = "1"
     threads: int | None = None
     max_graphs: int | None = None
+    target: str | None = None
+    max_vram: str | None = None
+    optimization_level: int | None = None
+    workspace: str | None = None
+    tf32: bool = False
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from ``"8G"``, ``"512M"`` or a plain number; units are powers of 1024.
+
+    Raises:
+        L2CError: It is something else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise L2CError(f"{text!r} is not an amount of memory such as 8G or 512M")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def profile_folder() -> Path:
@@ -76,15 +104,22 @@ def read_profile(name: str) -> Profile:
 
 
 def _checked(data: dict[str, Any], path: Path) -> Profile:
-    kinds = {f.name: int if f.name in {"threads", "max_graphs"} else str for f in fields(Profile)}
+    kinds: dict[str, type] = {field.name: str for field in fields(Profile)}
+    kinds |= dict.fromkeys(_NUMBERS, int) | dict.fromkeys(_SWITCHES, bool)
+    words = {int: "a whole number", bool: "true or false", str: "text in quotes"}
     if unknown := sorted(set(data) - set(kinds)):
         raise L2CError(
             f"profile {path}: unknown key(s) {', '.join(unknown)}; known: {', '.join(kinds)}"
         )
     for key, value in data.items():
         if type(value) is not kinds[key]:
-            kind = "a whole number" if kinds[key] is int else "text in quotes"
-            raise L2CError(f"profile {path}: {key} is {value!r}; it must be {kind}")
+            raise L2CError(f"profile {path}: {key} is {value!r}; it must be {words[kinds[key]]}")
     if "description" not in data:
         raise L2CError(f"profile {path} lacks a description")
+    for key in ("max_vram", "workspace"):
+        if key in data:
+            try:
+                parse_bytes(data[key])
+            except L2CError as error:
+                raise L2CError(f"profile {path}: {key}: {error}") from None
     return Profile(**data)

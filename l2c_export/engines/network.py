@@ -9,9 +9,10 @@ it does with constants. These very files also run in plain ONNX Runtime.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from l2c_export.core.bundle import Bundle, Manifest, Value
@@ -29,22 +30,22 @@ class Network:
     """An ONNX network and its interface.
 
     Attributes:
-        model: Serialised ``ModelProto`` without external data.
+        model: Serialised ``ModelProto``.
         inputs: What a call binds, in order; dimensions as in the manifest.
         weights: Parameters that are inputs after those, under their names in ``weights.safetensors``
             and with the shape that the network wants: a bias of a Gemm has a leading 1.
         outputs: In order.
-        inlined: Names of the parameters that are constants inside.
+        constants: Parameters that are constants of the model, under their names and with their shapes.
     """
 
     model: bytes
     inputs: tuple[Value, ...]
     weights: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    inlined: tuple[str, ...] = ()
+    constants: tuple[Value, ...] = ()
 
 
-def engine_network(bundle: Bundle, graph: str) -> Network:
+def engine_network(bundle: Bundle, graph: str, constant: bool = False) -> Network:
     """A graph of a bundle with its large weights as inputs.
 
     Every operand of a matrix product becomes an input, as do other parameters of more than
@@ -53,24 +54,59 @@ def engine_network(bundle: Bundle, graph: str) -> Network:
     Args:
         bundle: A bundle; its weights file is read only for the constants.
         graph: Name of one of its graphs.
+        constant: Make all parameters constants, and leave them where they are: external data in the
+            folder of the bundle.
     """
     model = ir.load(bundle.file(graph))
     inputs, outputs = _values(model.graph.inputs), _values(model.graph.outputs)
-    weights, inlined = [], []
+    weights, constants = [], []
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        if _multiplied(value) or tensor.nbytes > INLINED:
+        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+        if not constant and (_multiplied(value) or tensor.nbytes > INLINED):
             del model.graph.initializers[name]
-            value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
             value.const_value = None
             model.graph.inputs.append(value)
             weights.append(value)
-        else:
+            continue
+        if not constant:
             value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
-            inlined.append(name)
-    return Network(_bytes(model), inputs, _values(weights), outputs, tuple(inlined))
+        constants.append(value)
+    return Network(_bytes(model), inputs, _values(weights), outputs, _values(constants))
+
+
+def narrow_products(network: Network) -> Network:
+    """Compute the products that are left in float32 in float16, for devices that have no others.
+
+    Turing has none in TensorRT-RTX. In a float16 bundle they are few and small: the timestep's
+    embedding and the final layer. Inputs and outputs stay what they are; operands are cast at each run.
+    """
+    model = ir.from_proto(onnx.load_from_string(network.model))
+    for node in list(model.graph):
+        wide = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
+        if node.op_type != "Gemm" or len(wide) != len(node.inputs):
+            continue
+        for i, value in enumerate(wide):
+            narrow = _cast(value, ir.DataType.FLOAT16, f"{node.name}.narrow.{i}")
+            model.graph.insert_before(node, narrow)
+            node.replace_input_with(i, narrow.outputs[0])
+        (out,) = node.outputs
+        uses, shape = list(out.uses()), out.shape
+        widen = _cast(out, ir.DataType.FLOAT, f"{node.name}.widen")
+        widen.outputs[0].shape = shape
+        out.type = ir.TensorType(ir.DataType.FLOAT16)
+        model.graph.insert_after(node, widen)
+        for use in uses:
+            use.node.replace_input_with(use.idx, widen.outputs[0])
+    return replace(network, model=_bytes(model))
+
+
+def _cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
+    made = ir.node("Cast", [value], {"to": int(to)}, name=name)
+    made.outputs[0].name, made.outputs[0].type = name, ir.TensorType(to)
+    return made
 
 
 def update_network(manifest: Manifest) -> Network:

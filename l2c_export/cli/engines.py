@@ -1,0 +1,73 @@
+"""``l2c-export engines``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from l2c_export.cli.engine_options import ENGINE_BACKENDS, ENGINE_KEYS, engine_options
+from l2c_export.cli.options import FILE
+from l2c_export.cli.profile_option import profile_option
+from l2c_export.cli.progress import show_progress
+from l2c_export.core.bundle import Bundle, read_bundle
+from l2c_export.core.engines import find_engines
+
+if TYPE_CHECKING:
+    from l2c_export.engines.request import EngineRequest
+
+
+@click.command()
+@click.argument("bundle", type=FILE)
+@click.option(
+    "--backend", type=click.Choice([*ENGINE_BACKENDS, "ort"]), default="rtx", show_default=True
+)
+@engine_options
+@profile_option("backend", *ENGINE_KEYS)
+@click.option("--dry-run", is_flag=True, help="Show what would be built and its price.")
+@click.option("--report", is_flag=True, help="Show the engines that BUNDLE has, and build nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
+def command(
+    bundle: Path,
+    backend: str,
+    engines: Callable[[str], EngineRequest],
+    dry_run: bool,
+    report: bool,
+    as_json: bool,
+) -> None:
+    """Build engines for BUNDLE: one for each step graph, the conditioning and the sampler."""
+    opened = read_bundle(bundle)
+    if report:
+        from l2c_export.engines.report import engines_json, engines_text
+
+        found = [made for _, made in find_engines(opened)]
+        if as_json:
+            click.echo(json.dumps(engines_json(opened, found)))
+        else:
+            text = [engines_text(opened, made) for made in found]
+            click.echo("\n\n".join(text) or f"{bundle} has no engines")
+        return
+    build_engines(opened, engines(backend), dry_run=dry_run, as_json=as_json)
+
+
+def build_engines(
+    bundle: Bundle, request: EngineRequest, *, dry_run: bool = False, as_json: bool = False
+) -> None:
+    """Show the price, build, and show what was built."""
+    from l2c_export.engines.build import EngineBuild
+    from l2c_export.engines.report import engines_json, engines_text, plan_json, plan_text
+
+    build = EngineBuild(bundle, request)
+    if dry_run or not as_json:
+        click.echo(json.dumps(plan_json(build)) if as_json else plan_text(build))
+    if dry_run:
+        return
+    with show_progress(not as_json, keep=True) as progress:
+        made = build.run(progress)
+    if as_json:
+        click.echo(json.dumps(engines_json(bundle, made)))
+    else:
+        click.echo("\n\n".join(engines_text(bundle, each) for each in made))

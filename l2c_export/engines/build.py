@@ -1,0 +1,167 @@
+"""Engines for a bundle: each step graph, the conditioning and the sampler's update, for a backend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle
+from l2c_export.core.engines import PORTABLE, UPDATE, EngineSet
+from l2c_export.core.plan_report import size
+from l2c_export.engines.folder import EngineFolder, Progress
+from l2c_export.engines.gpus import find_gpus
+from l2c_export.engines.network import (
+    OPSET,
+    engine_network,
+    narrow_products,
+    update_network,
+)
+from l2c_export.engines.price import price
+from l2c_export.engines.request import EngineRequest
+from l2c_export.engines.tensorrt_api import builder_targets, builder_version
+from l2c_export.errors import L2CError, UnsupportedError
+
+_LOCK = ".l2c-lock"  # of the bundle, whoever writes to it
+
+_TURING = "sm75"
+
+
+class EngineBuild:
+    """The engines of one bundle for one backend: first what they will cost, then they themselves.
+
+    Attributes:
+        bundle: The bundle.
+        request: What was asked for.
+        networks: Name of an engine's graph to what it is built from.
+        price: What the engines will cost.
+        version: Of the backend.
+        families: Targets that are built together; each becomes a folder.
+    """
+
+    def __init__(self, bundle: Bundle, request: EngineRequest) -> None:
+        """Check the request against the bundle, the backend and this machine.
+
+        Raises:
+            L2CError: The bundle is not what was built, or the request makes no sense.
+            UnsupportedError: The backend cannot build this here, or the price is over the limit.
+        """
+        manifest = bundle.manifest
+        self.bundle, self.request = bundle, request
+        graphs = (CONDITIONING, *manifest.step_graphs())
+        bundle.check_files({WEIGHTS, *(manifest.graphs[graph].file for graph in graphs)})
+        self.networks = {graph: engine_network(bundle, graph, request.constant) for graph in graphs}
+        self.networks[UPDATE] = update_network(manifest)
+        self.price = price(manifest, self.networks)
+        self.check_memory()
+        ort = request.backend == "ort"
+        self.version = f"opset{OPSET}" if ort else builder_version(request.backend)
+        self.families = _families(request, manifest.slots.dtype)
+
+    def check_memory(self, scratch: int = 0, code: int = 0) -> None:
+        """Hold what a session needs against the limit.
+
+        Args:
+            scratch: Bytes that engines need while they run, as far as they are built.
+            code: Bytes of their plans.
+
+        Raises:
+            UnsupportedError: It is more than the limit.
+        """
+        limit, price = self.request.max_vram, self.price
+        parts = {
+            "weights": price.weights + price.constants,
+            "caches": price.caches,
+            "latents and conditioning": price.state,
+            "scratch": scratch,
+            "code": code,
+        }
+        if limit is not None and sum(parts.values()) > limit:
+            each = " + ".join(f"{size(count)} {part}" for part, count in parts.items() if count)
+            raise UnsupportedError(
+                f"{self.bundle.path} needs {size(sum(parts.values()))} of device memory or more "
+                f"({each}), the limit is {size(limit)}: build the bundle with a smaller --batch, or "
+                "with --precision float16"
+            )
+
+    def run(self, progress: Progress = lambda *_: None) -> tuple[EngineSet, ...]:
+        """Build what is missing or stale.
+
+        Raises:
+            L2CError: The builder fails, another build is at work, or the folder cannot be written.
+            UnsupportedError: The builder runs out of memory, or the engines need more than the limit.
+        """
+        made = []
+        with _own(self.bundle.path):
+            for targets in self.families:
+                networks = self.networks
+                if targets == (_TURING,):
+                    networks = {name: narrow_products(network) for name, network in networks.items()}
+                folder = EngineFolder(
+                    self.bundle, networks, self.request, self.version, targets, self.check_memory
+                )
+                made.append(folder.run(progress))
+        return tuple(made)
+
+
+def _families(request: EngineRequest, precision: str) -> tuple[tuple[str, ...], ...]:
+    """Targets that share engines.
+
+    TensorRT-RTX fuses no bias or activation into products for Turing, nor for a list with Turing in it,
+    so Turing gets engines of its own.
+
+    Raises:
+        UnsupportedError: The backend does not build for a target.
+    """
+    if request.backend == "ort":
+        if request.targets:
+            raise UnsupportedError("the networks of backend ort are for any device: give no --target")
+        return ((PORTABLE,),)
+    if request.backend == "trt":
+        return (_this_gpu(request.targets),)
+    known = builder_targets(request.backend)
+    if unknown := [target for target in request.targets if target not in known]:
+        raise UnsupportedError(
+            f"TensorRT-RTX does not build for {', '.join(unknown)}, only for {', '.join(known)}; "
+            "for other GPUs use --backend trt on a machine that has one"
+        )
+    others = tuple(target for target in request.targets if target != _TURING)
+    if _TURING not in request.targets:
+        return (others or (PORTABLE,),)
+    if precision != "float16":
+        raise UnsupportedError(
+            f"TensorRT-RTX multiplies float16 alone on sm75, and the bundle's slots are {precision}: "
+            "build it with --precision float16, or leave sm75 out"
+        )
+    return ((_TURING,), others) if others else ((_TURING,),)
+
+
+def _this_gpu(asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The target of the GPU here, for which alone TensorRT can build."""
+    try:
+        gpus = find_gpus()
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"TensorRT builds on the GPU that runs the engines: {error}; on a machine without one "
+            "use --backend rtx"
+        ) from None
+    target = gpus[0].target
+    if asked and asked != (target,):
+        raise UnsupportedError(
+            f"TensorRT builds for the GPU here alone, which is {target} ({gpus[0].name}), not for "
+            f"{', '.join(asked)}; build on that machine, or use --backend rtx"
+        )
+    return (target,)
+
+
+@contextlib.contextmanager
+def _own(folder: Path) -> Iterator[None]:
+    """Hold the bundle against other builds."""
+    try:
+        with filelock.FileLock(folder / _LOCK, timeout=0):
+            yield
+            (folder / _LOCK).unlink(missing_ok=True)
+    except filelock.Timeout:
+        raise L2CError(f"another build is at work in {folder}; wait for it") from None

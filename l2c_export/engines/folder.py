@@ -1,0 +1,263 @@
+"""One folder of engines: for one backend, version and set of targets.
+
+An engine is kept by the content of what it is made from, never by its name: its network with the
+constants inside, the builder's options, the backend's version and the targets. Every file appears whole
+or not at all, and a journal stands in place of the record, so a build that was killed goes on where it
+was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import lzma
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import onnx
+
+from l2c_export.core.bundle import WEIGHTS, Bundle
+from l2c_export.core.engines import (
+    ENGINES,
+    PORTABLE,
+    RECORD,
+    Engine,
+    EngineSet,
+    engine_from_json,
+    folder_name,
+    pack_plans,
+    read_record,
+    source_of,
+    unpack_plans,
+    write_record,
+)
+from l2c_export.core.files import key_of, remove_partial, replacing, sha256, write_json
+from l2c_export.engines.compile import compile_network
+from l2c_export.engines.inspection import Fusion, Inspection, check_interface, fusion, read_log
+from l2c_export.engines.network import Network
+from l2c_export.engines.price import largest_sizes
+from l2c_export.engines.request import EngineRequest
+from l2c_export.engines.tensorrt_api import BuildOptions
+from l2c_export.errors import L2CError
+
+_log = logging.getLogger(__name__)
+
+JOURNAL = ".l2c-journal.json"
+
+Progress = Callable[[str, int, int], None]
+"""Called several times a second with what is built, how many engines are done, and how many to do."""
+
+CheckMemory = Callable[[int, int], None]
+"""Called with the bytes of scratch and of plans that the engines built so far need; may raise."""
+
+
+class EngineFolder:
+    """Makes plans, keeps the journal, and ends with the record."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        networks: Mapping[str, Network],
+        request: EngineRequest,
+        version: str,
+        targets: tuple[str, ...],
+        check_memory: CheckMemory = lambda *_: None,
+    ) -> None:
+        self.bundle, self.networks, self.request = bundle, networks, request
+        self.version, self.targets, self.check_memory = version, targets, check_memory
+        self.constant = request.constant
+        name = folder_name(request.backend, version, targets, self.constant)
+        self.path = bundle.path / ENGINES / name
+        self.archive = "plans.bin" if self.constant else "plans.xz"  # weights do not compress
+        self.held: dict[str, Engine] = {}
+        low, best = bundle.manifest.batch[0], largest_sizes(bundle.manifest)
+        smallest = {"batch": low, "rows": low * bundle.manifest.rows, "n": 1}
+        self.ranges = {name: (smallest[name], size, size) for name, size in best.items()}
+
+    def run(self, progress: Progress = lambda *_: None) -> EngineSet:
+        """Build what is missing or stale; see :meth:`l2c_export.engines.build.EngineBuild.run`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_partial(self.path)
+        total = len(self.networks)
+        old = self._old()
+        if old is None or not self._serves(old):
+            self._recover(old)
+            for i, (graph, network) in enumerate(self.networks.items()):
+                if graph not in self.held:
+                    tick = functools.partial(progress, graph, i, total)
+                    self.held[graph] = self._make(graph, network, tick)
+                    self._journal()
+                self.check_memory(
+                    max(engine.scratch or 0 for engine in self.held.values()),
+                    sum(engine.bytes for engine in self.held.values()),
+                )
+            plans = (self._plan(graph).read_bytes() for graph in self.networks)
+            archive = self.archive, pack_plans(self.path / self.archive, plans)
+        else:
+            _log.info("kept all engines of %s", self.path.name)
+            self.held = {engine.graph: engine for engine in old.engines}
+            archive = old.archive
+        made = EngineSet(
+            self.request.backend,
+            self.version,
+            self.targets,
+            self.request.options,
+            self.ranges,
+            archive,
+            tuple(self._described(graph) for graph in self.networks),
+        )
+        if made != old:
+            write_record(self.path, made)
+        self._tidy(made, kept=old is not None and made.archive == old.archive)
+        progress("engines", total, total)
+        return made
+
+    # -- what is there --------------------------------------------------------------------------
+
+    def _old(self) -> EngineSet | None:
+        with contextlib.suppress(L2CError):
+            return read_record(self.path)
+        return None
+
+    def _serves(self, old: EngineSet) -> bool:
+        """Whether an earlier build's archive is what this one would make."""
+        name, entry = old.archive
+        wanted = [(graph, self._key(network)) for graph, network in self.networks.items()]
+        path = self.path / name
+        return (
+            name == self.archive
+            and [(engine.graph, engine.key) for engine in old.engines] == wanted
+            and path.is_file()
+            and path.stat().st_size == entry.bytes
+            and sha256(path) == entry.sha256
+        )
+
+    def _recover(self, old: EngineSet | None) -> None:
+        """Take what an earlier build, finished or not, made of these very networks."""
+        found: dict[str, Engine] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            entries = json.loads((self.path / JOURNAL).read_text(encoding="utf-8"))
+            found = {engine.graph: engine for engine in map(engine_from_json, entries.values())}
+        if old is not None:
+            with contextlib.suppress(L2CError):
+                for engine, plan in unpack_plans(self.path, old):
+                    if self._wants(engine):
+                        with replacing(self._plan(engine.graph)) as temporary:
+                            temporary.write_bytes(plan)
+                        found[engine.graph] = engine
+        for graph, engine in found.items():
+            path = self._plan(graph)
+            if self._wants(engine) and path.is_file() and sha256(path) == engine.sha256:
+                self.held[graph] = engine
+                _log.info("kept the engine of %s", graph)
+        self._journal()
+        (self.path / RECORD).unlink(missing_ok=True)
+
+    def _wants(self, engine: Engine) -> bool:
+        network = self.networks.get(engine.graph)
+        return network is not None and engine.key == self._key(network)
+
+    def _journal(self) -> None:
+        write_json(self.path / JOURNAL, {graph: asdict(e) for graph, e in self.held.items()})
+
+    def _tidy(self, made: EngineSet, kept: bool) -> None:
+        """Remove the journal, loose plans, and what earlier builds left; a runner's cache stays."""
+        names = {RECORD, made.archive[0], *(self.log(graph).name for graph in self.networks)}
+        for path in self.path.iterdir():
+            if path.name not in names and not (kept and path.suffix == ".cache"):
+                path.unlink()
+
+    # -- what is made ---------------------------------------------------------------------------
+
+    def _key(self, network: Network) -> str:
+        digests = [hashlib.sha256(network.model).hexdigest()]
+        if self.constant and network.constants:
+            digests.append(self.bundle.manifest.files[WEIGHTS].sha256)
+        options = self.request.options, self._options(network).ranges
+        return key_of(digests, self.request.backend, self.version, self.targets, *options)
+
+    def _options(self, network: Network) -> BuildOptions:
+        ranges = {
+            value.name: tuple(
+                tuple(size if isinstance(size, int) else self.ranges[size][i] for size in value.shape)
+                for i in range(3)
+            )
+            for value in network.inputs
+            if not all(isinstance(size, int) for size in value.shape)
+        }
+        ahead = self.request.backend == "rtx" and self.targets != (PORTABLE,)
+        cache = self.path.parent / f"timing-{self.path.name}.cache"
+        return BuildOptions(
+            self.targets if ahead else (),
+            ranges,  # type: ignore[arg-type]
+            self.request.optimization_level,
+            self.request.workspace,
+            self.request.tf32,
+            None if self.request.backend == "rtx" else str(cache),
+        )
+
+    def _plan(self, graph: str) -> Path:
+        return self.path / f"{graph}.plan"
+
+    def log(self, graph: str) -> Path:
+        """The builder's log of one engine, xz-compressed."""
+        return self.path / f"{graph}.log.xz"
+
+    def _make(self, graph: str, network: Network, tick: Callable[[], None]) -> Engine:
+        made = Engine(graph, self._key(network), "", 0, "", network.inputs, network.weights, ())
+        with replacing(self._plan(graph)) as plan:
+            if self.request.backend == "ort":
+                plan.write_bytes(network.model)
+            else:
+                seconds = self._compile(graph, network, plan, tick)
+                _log.info("built %s in %.2f s", graph, seconds)
+                made = self._inspected(made, network)
+            return replace(made, bytes=plan.stat().st_size, sha256=sha256(plan))
+
+    def _compile(self, graph: str, network: Network, plan: Path, tick: Callable[[], None]) -> float:
+        log, beside = self.log(graph), self.bundle.path / WEIGHTS
+        try:
+            return compile_network(
+                self.request.backend, network.model, beside, self._options(network), plan, log, tick
+            )
+        except L2CError as error:
+            raise type(error)(f"engine of {graph}: {error} (log: {log})") from None
+
+    def _inspected(self, made: Engine, network: Network) -> Engine:
+        inspection = inspect_log(self.log(made.graph))
+        if inspection is None:
+            return made
+        check_interface(inspection, (*network.inputs, *network.weights), network.outputs)
+        judged = judge(inspection, network)
+        return replace(made, scratch=inspection.scratch, fusion=asdict(judged))
+
+    def _described(self, graph: str) -> Engine:
+        """An engine with the names of this bundle, whose weights may have changed around it."""
+        network = self.networks[graph]
+        return replace(
+            self.held[graph],
+            source=source_of(self.bundle.manifest, graph, bool(network.constants)),
+            outputs=network.outputs,
+            constants=tuple(value.name for value in network.constants),
+        )
+
+
+def inspect_log(path: Path) -> Inspection | None:
+    """Read a builder's log; None where it does not list kernels, as TensorRT's own may not."""
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        text = file.read()
+    with contextlib.suppress(L2CError):
+        return read_log(text)
+    return None
+
+
+def judge(inspection: Inspection, network: Network) -> Fusion:
+    """How well an engine was fused, beside the network that it was built from."""
+    nodes = onnx.load_from_string(network.model).graph.node
+    biases = {node.input[2] for node in nodes if node.op_type == "Gemm" and len(node.input) > 2}
+    known: set[str] = {value.name for value in network.weights}
+    return fusion(inspection, {node.name: node.op_type for node in nodes}, biases & known)

@@ -1,0 +1,88 @@
+"""What engines will cost, before any is built: device memory, and what the alternative would."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from l2c_export.core.bundle import CONDITIONING, Manifest, Value
+from l2c_export.engines.network import Network
+
+_ITEM_BYTES = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}  # of what numpy has no types for
+
+_TABLE_BYTES = 64 << 20  # so much of the conditioning is kept, which one run computes for many calls
+
+
+@dataclass(frozen=True)
+class Price:
+    """Bytes of device memory at the largest batch, without scratch and code, which a build tells.
+
+    Attributes:
+        engines: How many there are.
+        weights: The one copy of what engines take as inputs.
+        constants: Weights inside of engines, added up.
+        separate: Weights of all engines added up, if each held its own.
+        caches: The buffers of stored slots.
+        state: Latents, histories and the conditioning.
+    """
+
+    engines: int
+    weights: int
+    constants: int
+    separate: int
+    caches: int
+    state: int
+
+    @property
+    def total(self) -> int:
+        """All that is known before anything is built."""
+        return self.weights + self.constants + self.caches + self.state
+
+
+def price(manifest: Manifest, networks: Mapping[str, Network]) -> Price:
+    """Add up what the engines of a bundle need.
+
+    Args:
+        manifest: The bundle's.
+        networks: Of all engines, by the names of their graphs.
+    """
+    shared = {value.name: value for network in networks.values() for value in network.weights}
+    constants = _sum(value for network in networks.values() for value in network.constants)
+    sizes = largest_sizes(manifest)
+    slot = Value("slot", manifest.slots.dtype, ("rows", *manifest.slots.shape))
+    (row,) = manifest.graphs[CONDITIONING].outputs
+    latents = [v for n in networks.values() for v in (*n.inputs, *n.outputs) if "batch" in v.shape]
+    return Price(
+        engines=len(networks),
+        weights=_sum(shared.values()),
+        constants=constants,
+        separate=_sum(v for n in networks.values() for v in n.weights) + constants,
+        caches=manifest.buffers * value_bytes(slot, sizes),
+        state=value_bytes(row, sizes)
+        + sum(value_bytes(v, sizes) for v in {v.name: v for v in latents}.values()),
+    )
+
+
+def largest_sizes(manifest: Manifest) -> dict[str, int]:
+    """The largest size of every dimension that varies.
+
+    ``n``, the rows that one run of the conditioning takes, are those of a whole trajectory where
+    that is no more than 64 MiB, and else of as many calls as that holds.
+    """
+    (row,) = manifest.graphs[CONDITIONING].outputs
+    rows = manifest.batch[1] * manifest.rows
+    calls = min(len(manifest.calls), _TABLE_BYTES // (rows * value_bytes(row, {"n": 1})))
+    return {"batch": manifest.batch[1], "rows": rows, "n": rows * max(1, calls)}
+
+
+def value_bytes(value: Value, sizes: Mapping[str, int]) -> int:
+    """Bytes of a tensor with these sizes for its dimensions."""
+    shape = (size if isinstance(size, int) else sizes[size] for size in value.shape)
+    return math.prod(shape) * (_ITEM_BYTES.get(value.dtype) or np.dtype(value.dtype).itemsize)
+
+
+def _sum(parameters: Iterable[Value]) -> int:
+    return sum(value_bytes(value, {}) for value in parameters)

@@ -1,0 +1,92 @@
+"""Engines as JSON and as text: before a build what they will cost, after it what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from l2c_export.core.bundle import WEIGHTS, Bundle
+from l2c_export.core.engines import EngineSet
+from l2c_export.core.plan_report import size
+from l2c_export.engines.build import EngineBuild
+
+
+def plan_json(build: EngineBuild) -> dict[str, Any]:
+    """What a build would make, and its price in bytes of device memory."""
+    request = build.request
+    return {
+        "bundle": str(build.bundle.path),
+        "backend": request.backend,
+        "version": build.version,
+        "families": [list(targets) for targets in build.families],
+        "engines": len(build.networks) * len(build.families),
+        **request.options,
+        **asdict(build.price),
+        "total": build.price.total,
+    }
+
+
+def plan_text(build: EngineBuild) -> str:
+    """The same for a terminal."""
+    price, request = build.price, build.request
+    targets = "; ".join(", ".join(family) for family in build.families)
+    share = price.separate / max(1, price.weights + price.constants)
+    held = (
+        f"{size(price.constants)} in {price.engines} engines, each with its own"
+        if request.constant
+        else f"{size(price.weights)} once, {size(price.constants)} of small constants in engines; "
+        f"{size(price.separate)} if each engine had its own ({share:.1f} x)"
+    )
+    return "\n".join(
+        [
+            f"{build.bundle.path}: {price.engines} engines for {request.backend} {build.version}, "
+            f"targets {targets}",
+            f"  weights     {held}",
+            f"  caches      {size(price.caches)}",
+            f"  state       {size(price.state)} of latents and conditioning",
+            f"  in all      {size(price.total)} of device memory, and scratch and code when built",
+        ]
+    )
+
+
+def engines_json(bundle: Bundle, sets: Iterable[EngineSet]) -> list[dict[str, Any]]:
+    """Sets of engines, and what they weigh."""
+    weights = bundle.manifest.files[WEIGHTS].bytes
+    return [
+        {
+            **asdict(made),
+            "folder": made.folder,
+            "plan_bytes": made.plan_bytes,
+            "scratch": made.scratch,
+            "stored_share": made.archive[1].bytes / weights,
+        }
+        for made in sets
+    ]
+
+
+def engines_text(bundle: Bundle, made: EngineSet) -> str:
+    """A set of engines for a terminal; kernels a block where all blocks are computed."""
+    blocks = len(bundle.manifest.slots.names) // 2
+    stored, weights = made.archive[1].bytes, bundle.manifest.files[WEIGHTS].bytes
+    lines = [
+        f"{made.folder}: {len(made.engines)} engines, {size(made.plan_bytes)} of plans stored in "
+        f"{size(stored)} ({stored / weights:.2%} of the weights), {size(made.scratch)} of scratch",
+    ]
+    if not any(engine.fusion for engine in made.engines):
+        return "\n".join([*lines, "  (no list of kernels in the builder's log)"])
+    lines.append(
+        f"  {'engine':16}  {'plan':>9}  {'scratch':>9}  {'kernels':>7}  {'a block':>7}  "
+        f"{'attention':>9}  loose: bias GELU"
+    )
+    for engine in made.engines:
+        if not (fused := engine.fusion):
+            continue
+        scratch = size(engine.scratch) if engine.scratch else "-"
+        attention = f"{fused['fused_attentions']} of {fused['attentions']}"
+        block = f"{fused['kernels'] / blocks:.2f}" if fused["attentions"] == blocks else "-"
+        lines.append(
+            f"  {engine.graph:16}  {size(engine.bytes):>9}  {scratch:>9}  {fused['kernels']:>7}  "
+            f"{block:>7}  {attention:>9}  {fused['loose_biases']:>11} {fused['loose_activations']:>4}"
+        )
+    return "\n".join(lines)

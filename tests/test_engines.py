@@ -1,0 +1,366 @@
+"""Engines of a bundle: what is built, kept and refused. Plain networks stand in for plans."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+
+import filelock
+import killing
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from l2c_export.build.build import build_bundle
+from l2c_export.cli import cli
+from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle, read_bundle
+from l2c_export.core.engines import ENGINES, RECORD, UPDATE, find_engines, read_record, unpack_plans
+from l2c_export.engines import build as build_module
+from l2c_export.engines.build import EngineBuild
+from l2c_export.engines.compile import explain
+from l2c_export.engines.folder import JOURNAL, EngineFolder
+from l2c_export.engines.gpus import Gpu
+from l2c_export.engines.network import engine_network, update_network
+from l2c_export.engines.price import largest_sizes
+from l2c_export.engines.request import EngineRequest, parse_targets
+from l2c_export.errors import L2CError, UnsupportedError
+
+FOLDER = "ort-opset20-portable"
+
+
+@pytest.fixture
+def bundle(tiny_bundle, tmp_path) -> Bundle:
+    """A copy of the tiny bundle, to build engines in."""
+    shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
+    return read_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture(autouse=True)
+def exported(tiny_bundle, monkeypatch) -> None:
+    """Bundles are built from the exported graph of the tiny bundle."""
+    killing.substitute(tiny_bundle.path / "full.onnx", monkeypatch.setattr)
+
+
+@pytest.fixture
+def built(monkeypatch) -> list[str]:
+    """The engines that are really built, from now on."""
+    graphs: list[str] = []
+    make = EngineFolder._make
+
+    def watched(self, graph, network, tick):
+        graphs.append(graph)
+        return make(self, graph, network, tick)
+
+    monkeypatch.setattr(EngineFolder, "_make", watched)
+    return graphs
+
+
+def build(bundle: Bundle, **request):
+    (made,) = EngineBuild(bundle, EngineRequest("ort", **request)).run()
+    return made
+
+
+def everything(bundle: Bundle) -> list[str]:
+    return [CONDITIONING, *bundle.manifest.step_graphs(), UPDATE]
+
+
+def test_a_bundle_gets_an_engine_for_every_graph_of_its_program_and_one_for_the_update(bundle):
+    made = build(bundle)
+    assert [engine.graph for engine in made.engines] == everything(bundle)
+    made.check_bundle(bundle)
+    assert find_engines(bundle) == [(bundle.path / ENGINES / FOLDER, made)]
+    assert {p.name for p in (bundle.path / ENGINES / FOLDER).iterdir()} == {RECORD, "plans.xz"}
+
+
+def test_an_engine_is_what_its_network_says(bundle):
+    made = build(bundle)
+    plans = {engine.graph: plan for engine, plan in unpack_plans(bundle.path / ENGINES / FOLDER, made)}
+    for engine in made.engines:
+        network = (
+            update_network(bundle.manifest)
+            if engine.graph == UPDATE
+            else engine_network(bundle, engine.graph)
+        )
+        assert plans[engine.graph] == network.model
+        assert (engine.inputs, engine.outputs) == (network.inputs, network.outputs)
+        assert engine.weights == network.weights
+
+
+def test_ranges_say_the_sizes_that_engines_are_built_for(bundle):
+    made = build(bundle)
+    calls = len(bundle.manifest.calls)
+    assert made.ranges == {"batch": (1, 2, 2), "rows": (2, 4, 4), "n": (1, 4 * calls, 4 * calls)}
+    long = replace(bundle.manifest, calls=bundle.manifest.calls * 10_000)
+    row = 4 * 448  # bytes of the tiny model's conditioning
+    assert largest_sizes(long)["n"] * row <= 64 << 20 < (largest_sizes(long)["n"] + 4) * row
+
+
+def test_two_builds_are_the_same_bytes(bundle, tmp_path):
+    build(bundle)
+    shutil.copytree(bundle.path, tmp_path / "other", ignore=shutil.ignore_patterns(ENGINES))
+    build(read_bundle(tmp_path / "other"))
+    assert tiny.contents(bundle.path) == tiny.contents(tmp_path / "other")
+
+
+def test_finished_engines_are_left_alone(bundle, built):
+    build(bundle)
+    built.clear()
+    before = {p: p.stat().st_mtime_ns for p in (bundle.path / ENGINES / FOLDER).iterdir()}
+    build(bundle)
+    assert built == []
+    assert before == {p: p.stat().st_mtime_ns for p in (bundle.path / ENGINES / FOLDER).iterdir()}
+
+
+def test_a_kernel_cache_of_a_runner_stays_with_the_engines_that_it_is_of(bundle, tiny_files):
+    build(bundle)
+    cache = bundle.path / ENGINES / FOLDER / "kernels-sm89.cache"
+    cache.write_bytes(b"kernels")
+    build(bundle)
+    assert cache.exists()
+    build(build_bundle(bundle.path, tiny.request(tiny.plan(tiny_files, threshold=0.95))))
+    assert not cache.exists()
+
+
+def test_another_schedule_builds_only_the_engines_that_it_lacks(bundle, built, tiny_files):
+    made = build(bundle)
+    changed = build_bundle(bundle.path, tiny.request(tiny.plan(tiny_files, threshold=0.2)))
+    built.clear()
+    with pytest.raises(L2CError, match="have none for"):
+        made.check_bundle(changed)
+    again = build(changed)
+    again.check_bundle(changed)
+    kept = {engine.key for engine in made.engines} & {engine.key for engine in again.engines}
+    assert kept
+    assert len(built) == len(again.engines) - len(kept)
+
+
+def test_other_weights_build_the_engines_again_that_hold_some(bundle, built, tiny_plan):
+    old = build(bundle)
+    changed = build_bundle(bundle.path, tiny.request(tiny_plan, seed=99))
+    with pytest.raises(L2CError, match="were built from another"):
+        old.check_bundle(changed)
+    built.clear()
+    build(changed).check_bundle(changed)
+    assert built == everything(changed)[:-1]  # position embedding or class table; not the update
+
+
+@pytest.mark.parametrize("damage", [b"", b"other bytes"])
+def test_a_damaged_archive_is_built_again(bundle, built, damage):
+    made = build(bundle)
+    (bundle.path / ENGINES / FOLDER / "plans.xz").write_bytes(damage)
+    built.clear()
+    assert build(bundle) == made
+    assert built == everything(bundle)
+    assert list(unpack_plans(bundle.path / ENGINES / FOLDER, made))
+
+
+def test_a_build_that_dies_goes_on_where_it_was(bundle, built, tmp_path):
+    request = EngineRequest("ort")
+    template = tmp_path / "template"
+    shutil.copytree(bundle.path, template)
+    whole = tiny.contents(bundle.path) | {
+        name: data for name, data in _built(bundle).items() if name.startswith(ENGINES)
+    }
+    counts = set()
+    for number in itertools.count(1, 9):
+        folder = tmp_path / "killed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(template, folder)
+        left = iter(range(number))
+
+        def act(left=left) -> None:
+            if next(left, None) is None:
+                raise killing.Killed
+
+        try:
+            killing.watched(folder, lambda f=folder: EngineBuild(read_bundle(f), request).run(), act)
+        except killing.Killed:
+            record = folder / ENGINES / FOLDER / RECORD
+            if record.exists():
+                read_record(record.parent).check_bundle(read_bundle(folder))
+            built.clear()
+            EngineBuild(read_bundle(folder), request).run()
+            counts.add(len(built))
+            assert {n: d for n, d in tiny.contents(folder).items() if n in whole} == whole
+            assert not list(folder.rglob(".l2c-partial-*"))
+        else:
+            break
+    assert len(counts) > 3  # engines were left to build
+
+
+def _built(bundle: Bundle) -> dict[str, bytes]:
+    build(bundle)
+    return tiny.contents(bundle.path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step-1": {}}', '{"update": {"graph": "../../x"}}'])
+def test_a_broken_journal_is_no_journal(bundle, built, text):
+    folder = bundle.path / ENGINES / FOLDER
+    folder.mkdir(parents=True)
+    (folder / JOURNAL).write_text(text)
+    build(bundle)
+    assert built == everything(bundle)
+    assert not (folder / JOURNAL).exists()
+
+
+def test_another_build_in_the_bundle_is_waited_for_by_the_user(bundle):
+    with (
+        filelock.FileLock(bundle.path / ".l2c-lock"),
+        pytest.raises(L2CError, match="another build is at work"),
+    ):
+        build(bundle)
+
+
+def test_a_bundle_that_is_not_what_was_built_gets_no_engines(bundle):
+    path = bundle.path / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(L2CError, match=f"{WEIGHTS} does not match its digest"):
+        build(bundle)
+
+
+def test_engines_that_hold_their_weights_have_a_folder_of_their_own(bundle):
+    inputs, constants = build(bundle), build(bundle, constant=True)
+    assert {path.name for path, _ in find_engines(bundle)} == {FOLDER, f"{FOLDER}-constants"}
+    assert all(engine.weights for engine in inputs.engines if engine.graph != UPDATE)
+    assert not any(engine.weights for engine in constants.engines)
+    assert "blocks.0.attn.qkv.weight" in constants.engine(bundle.manifest.calls[0].graph).constants
+    assert constants.archive[0] == "plans.bin"
+
+
+# -- prices -----------------------------------------------------------------------------------------
+
+
+def test_the_price_counts_shared_weights_once_and_separate_ones_for_each_engine(bundle):
+    prices = {c: EngineBuild(bundle, EngineRequest("ort", constant=c)).price for c in (False, True)}
+    parameters = bundle.manifest.files[WEIGHTS].bytes
+    assert 0.9 * parameters - 4096 < prices[False].weights < parameters
+    assert (prices[True].weights, prices[True].constants) == (0, prices[False].separate)
+    assert prices[True].total > prices[False].total
+    rows, tokens, width = 4, 16, 32
+    assert prices[False].caches == bundle.manifest.buffers * rows * tokens * width * 4
+
+
+def test_a_session_that_needs_more_than_the_limit_is_refused_with_the_numbers(bundle):
+    price = EngineBuild(bundle, EngineRequest("ort")).price
+    EngineBuild(bundle, EngineRequest("ort", max_vram=price.total))
+    with pytest.raises(UnsupportedError, match=r"KiB weights \+ .* caches \+ .* the limit is"):
+        EngineBuild(bundle, EngineRequest("ort", max_vram=price.total - 1))
+    with pytest.raises(UnsupportedError, match=r"KiB code"):  # known when engines are there
+        EngineBuild(bundle, EngineRequest("ort", max_vram=price.total)).run()
+
+
+# -- targets ----------------------------------------------------------------------------------------
+
+
+def test_targets_are_compute_capabilities_in_ascending_order():
+    assert parse_targets("sm120, SM86,sm89,sm86") == ("sm86", "sm89", "sm120")
+    for text in ("", "86", "sm", "sm8x", "sm86,,sm89", "hopper"):
+        with pytest.raises(L2CError, match="is not a compute capability such as sm89"):
+            parse_targets(text)
+
+
+def request_families(backend, *targets, precision="float16"):
+    return build_module._families(EngineRequest(backend, targets), precision)
+
+
+@pytest.fixture
+def rtx_targets(monkeypatch):
+    known = ("sm75", "sm80", "sm86", "sm89", "sm120")
+    monkeypatch.setattr(build_module, "builder_targets", lambda backend: known)
+
+
+@pytest.mark.usefixtures("rtx_targets")
+def test_turing_gets_engines_of_its_own():
+    assert request_families("rtx") == (("portable",),)
+    assert request_families("rtx", "sm86", "sm89") == (("sm86", "sm89"),)
+    assert request_families("rtx", "sm75", "sm86") == (("sm75",), ("sm86",))
+    assert request_families("rtx", "sm75") == (("sm75",),)
+    with pytest.raises(UnsupportedError, match="float16 alone on sm75"):
+        request_families("rtx", "sm75", precision="float32")
+
+
+@pytest.mark.usefixtures("rtx_targets")
+def test_a_target_that_the_backend_does_not_know_is_refused_with_those_it_knows():
+    with pytest.raises(
+        UnsupportedError, match=r"does not build for sm90, only for sm75, .*--backend trt"
+    ):
+        request_families("rtx", "sm86", "sm90")
+    with pytest.raises(UnsupportedError, match="give no --target"):
+        request_families("ort", "sm86")
+
+
+def test_tensorrt_builds_for_the_gpu_that_is_there(monkeypatch):
+    orin = Gpu("Orin", (8, 7), 8 << 30, 4 << 30, "12.6")
+    monkeypatch.setattr(build_module, "find_gpus", lambda: (orin,))
+    assert request_families("trt") == (("sm87",),)
+    assert request_families("trt", "sm87") == (("sm87",),)
+    with pytest.raises(UnsupportedError, match=r"which is sm87 \(Orin\), not for sm89"):
+        request_families("trt", "sm89")
+
+
+def test_tensorrt_needs_a_gpu_and_says_what_does_not(monkeypatch):
+    def none():
+        raise UnsupportedError("there is no GPU that CUDA can use")
+
+    monkeypatch.setattr(build_module, "find_gpus", none)
+    with pytest.raises(UnsupportedError, match=r"there is no GPU that CUDA can use; .*--backend rtx"):
+        request_families("trt")
+
+
+@pytest.mark.parametrize(
+    ("error", "way_out"),
+    [
+        ("CUDA initialization failure with error: 35", "finds none or an old driver"),
+        ("Cannot compile operation 'x' for Turing (SM75): FP32", "build the bundle with --precision"),
+        ("Requested amount of GPU memory; out of memory.", "too little free memory"),
+    ],
+)
+def test_what_a_user_can_do_comes_before_the_builders_own_words(error, way_out):
+    said = explain(error)
+    assert way_out in said
+    assert said.endswith(f"the builder says: {error}")
+    assert explain("something new") == "something new"
+
+
+# -- the command ------------------------------------------------------------------------------------
+
+
+def run(*arguments) -> str:
+    result = CliRunner().invoke(cli, ["engines", *map(str, arguments)])
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_the_command_shows_the_price_builds_and_reports(bundle):
+    dry = json.loads(run(bundle.path, "--backend", "ort-cuda", "--dry-run", "--json"))
+    assert (dry["engines"], dry["backend"]) == (len(everything(bundle)), "ort")
+    assert not (bundle.path / ENGINES).exists()
+    shown = run(bundle.path, "--backend", "ort-cuda")
+    assert "if each engine had its own (2.1 x)" in shown
+    assert f"{FOLDER}: {len(everything(bundle))} engines" in shown
+    (report,) = json.loads(run(bundle.path, "--report", "--json"))
+    assert report["folder"] == FOLDER
+    assert run(bundle.path, "--report") in shown
+
+
+def test_a_bundle_without_engines_says_so(bundle):
+    assert run(bundle.path, "--report") == f"{bundle.path} has no engines\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--max-vram", "lots"], 2, "'lots' is not an amount of memory"),
+        (["--target", "blue"], 1, "'blue' is not a compute capability"),
+        (["--backend", "ort", "--max-vram", "100K"], 4, "the limit is 100.0 KiB"),
+        (["--backend", "ort", "--target", "sm86"], 4, "give no --target"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_exit_code(bundle, options, code, message):
+    result = CliRunner().invoke(cli, ["engines", str(bundle.path), *options])
+    assert result.exit_code == code
+    assert message in result.stderr
