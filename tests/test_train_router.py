@@ -20,8 +20,10 @@ from l2c_export.errors import L2CError
 from l2c_export.train.data import read_dataset
 from l2c_export.train.job import Job, load_model, train_router
 from l2c_export.train.recipe import Recipe
-from l2c_export.train.router import Trainer, add_noise, branch_weights, mixing, pair_loss, train
+from l2c_export.train.router import Trainer, train
 from l2c_export.train.state import Run
+from l2c_export.train.student import branch_weights, mixing
+from l2c_export.train.with_data import add_noise, routed_error
 from l2c_export.train.workers import Workers, workers
 
 CONFIG = DiTConfig(2, 32, 2, 2, 4, in_channels=2, num_classes=3, guidance_channels=2)
@@ -95,11 +97,11 @@ def by_hand(model, reuse_of):
 
 
 def test_a_student_that_computes_everything_is_the_teacher(model):
-    assert pair_loss(model, PAIR, *batch(), torch.ones(4)).item() == 0
+    assert routed_error(model, PAIR, *batch(), torch.ones(4)).item() == 0
 
 
 def test_a_student_that_reuses_everything_uses_the_noisier_call(model):
-    loss = pair_loss(model, PAIR, *batch(), torch.zeros(4)).item()
+    loss = routed_error(model, PAIR, *batch(), torch.zeros(4)).item()
     assert by_hand(model, reuse_of=1) == pytest.approx(0, abs=1e-9)
     assert loss > 1e-4
     assert loss == pytest.approx(by_hand(model, reuse_of=0), rel=1e-4)
@@ -111,8 +113,8 @@ def test_all_output_channels_count(model):
     deaf = load_model(random_checkpoint(CONFIG, 1)).eval().requires_grad_(False)
     rows = deaf.final_layer.linear.weight.view(4, CONFIG.out_channels, -1)
     rows[:, CONFIG.in_channels :] = 0
-    all_channels = pair_loss(model, PAIR, noisy, labels, torch.zeros(4))
-    half = pair_loss(deaf, PAIR, noisy, labels, torch.zeros(4))
+    all_channels = routed_error(model, PAIR, noisy, labels, torch.zeros(4))
+    half = routed_error(deaf, PAIR, noisy, labels, torch.zeros(4))
     assert half < 0.9 * all_channels
 
 
@@ -130,11 +132,11 @@ def test_a_branch_is_mixed_before_its_gate(model):
 
 def test_the_gradient_is_the_slope(model):
     logits = torch.tensor([0.3, -0.5, 1.0, 0.1], requires_grad=True)
-    pair_loss(model, PAIR, *batch(), logits.sigmoid()).backward()
+    routed_error(model, PAIR, *batch(), logits.sigmoid()).backward()
     for i in range(4):
         step = torch.zeros(4)
         step[i] = 0.05
-        up, down = (pair_loss(model, PAIR, *batch(), (logits + s).sigmoid()) for s in (step, -step))
+        up, down = (routed_error(model, PAIR, *batch(), (logits + s).sigmoid()) for s in (step, -step))
         assert logits.grad[i].item() == pytest.approx((up - down).item() / 0.1, rel=0.02, abs=1e-7)
 
 
@@ -149,8 +151,12 @@ def test_hard_decisions_let_gradients_through():
 
 def test_noise_is_added_for_the_timestep_of_the_full_call():
     x0, noise = torch.ones(1, 2, 4, 4), torch.full((1, 2, 4, 4), 2.0)
-    assert add_noise(x0, ddim(4)[3], noise).mean().item() == pytest.approx(1.0, abs=0.03)  # t = 0
-    assert add_noise(x0, ddim(4)[0], noise).mean().item() == pytest.approx(2.0, abs=0.03)  # t = 999
+    assert add_noise(x0, ddim(4)[3], noise, CONFIG).mean().item() == pytest.approx(
+        1.0, abs=0.03
+    )  # t = 0
+    assert add_noise(x0, ddim(4)[0], noise, CONFIG).mean().item() == pytest.approx(
+        2.0, abs=0.03
+    )  # t = 999
 
 
 # Training ---------------------------------------------------------------------------------------
@@ -189,11 +195,11 @@ def test_a_row_of_the_router_is_the_call_it_was_trained_on(trainer, monkeypatch)
     learner = trainer(l1=10.0)
     before, pairs = learner.router().logits, []
 
-    def record(model, pair, noisy, labels, weights):
+    def record(model, pair, noisy, labels, weights, kind, chance):
         pairs.append(pair)
-        return pair_loss(model, pair, noisy, labels, weights)
+        return routed_error(model, pair, noisy, labels, weights, kind, chance)
 
-    monkeypatch.setattr("l2c_export.train.router.pair_loss", record)
+    monkeypatch.setattr("l2c_export.train.with_data.routed_error", record)
     learner.step()
     moved = (learner.router().logits != before).any(axis=1)
     assert moved.sum() == 1
@@ -214,9 +220,10 @@ def test_an_epoch_shows_every_row_once_to_one_process(trainer, monkeypatch):
     for rank in range(2):
         learner = trainer(Workers(rank, 2), batch=2)
         monkeypatch.setattr(Workers, "average", lambda self, parameters, loss: float(loss))
-        read = learner.data.read
+        data = learner.objective.data
+        read = data.read
         monkeypatch.setattr(
-            type(learner.data), "read", lambda self, rows, read=read: seen.extend(rows) or read(rows)
+            type(data), "read", lambda self, rows, read=read: seen.extend(rows) or read(rows)
         )
         for _ in range(5):
             learner.step()
@@ -324,7 +331,7 @@ def test_more_iterations_continue_a_training(job):
     ("changes", "message"),
     [
         ({"steps": 5}, "--steps 5: .* must be even; use 6"),
-        ({"steps": 0}, "--steps 0"),
+        ({"steps": 0}, "0 steps: the number of steps must be between"),
         ({"lr": float("nan")}, "--lr nan is outside"),
         ({"lr": -1.0}, "--lr -1.0 is outside"),
         ({"label_dropout": 1.5}, "--label-dropout 1.5 is outside"),
@@ -350,8 +357,8 @@ def test_a_checkpoint_of_another_model_is_refused(job):
 
 def test_a_broken_model_stops_the_training(trainer, tmp_path):
     learner = trainer()
-    learner.model = load_model(random_checkpoint(CONFIG, 1)).requires_grad_(False)
-    learner.model.final_layer.linear.bias.data.fill_(float("nan"))
+    learner.objective.model = load_model(random_checkpoint(CONFIG, 1)).requires_grad_(False)
+    learner.objective.model.final_layer.linear.bias.data.fill_(float("nan"))
     with pytest.raises(L2CError, match="the loss is nan in iteration 1"):
         train(learner, tmp_path / "state")
 

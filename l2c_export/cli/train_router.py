@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,27 @@ import click
 from l2c_export.cli.options import FILE
 from l2c_export.cli.progress import show_progress
 from l2c_export.core.models import ModelConfig, preset, read_model_config
-from l2c_export.train.recipe import LATENT_SCALE, Recipe
+from l2c_export.core.samplers import SAMPLERS
+from l2c_export.train.recipe import (
+    DEFAULTS,
+    GUIDANCE_SCALES,
+    LATENT_SCALE,
+    WITHOUT_DATA,
+    Recipe,
+    make_recipe,
+)
+from l2c_export.train.shape import SCHEDULES
+
+
+def _both(values: Mapping[str, Any]) -> str:
+    """Defaults of the model families, for a help text."""
+    return ", ".join(
+        f"{'none' if value is None else value} for {name}" for name, value in values.items()
+    )
+
+
+def _by_family(field: str) -> str:
+    return _both({family: values[field] for family, values in DEFAULTS.items()})
 
 
 @click.command()
@@ -24,30 +45,68 @@ from l2c_export.train.recipe import LATENT_SCALE, Recipe
 @click.option(
     "--data",
     type=FILE,
-    required=True,
     help="An .npz with labels and latents or images, or a folder with one sub-folder a class, of "
     ".npy latents or PNG and JPEG images.",
 )
+@click.option("--no-data", is_flag=True, help="Train from noise, on the student's own trajectories.")
 @click.option(
     "--latent-scale",
     type=float,
     help=f"Factor of latents.  [default: {LATENT_SCALE} with --model, else 1]",
 )
-@click.option("--steps", type=int, default=20, show_default=True, help="Calls of a trajectory; even.")
-@click.option("--iterations", type=int, default=20000, show_default=True, help="Optimizer steps.")
+@click.option("--sampler", help=f"One of: {', '.join(SAMPLERS)}.  [default: {_by_family('sampler')}]")
+@click.option("--steps", type=int, default=20, show_default=True, help="Calls of a trajectory.")
+@click.option(
+    "--schedule",
+    type=click.Choice(SCHEDULES),
+    default="pairs",
+    show_default=True,
+    help="Route every second call, or every call but the first (with --no-data).",
+)
+@click.option(
+    "--iterations",
+    type=int,
+    help=f"Optimizer steps.  [default: {_by_family('iterations')}; without data, a trajectory each, "
+    f"{WITHOUT_DATA['iterations']}]",
+)
 @click.option("--batch", type=int, default=64, show_default=True, help="Latents, over all processes.")
-@click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate, constant.")
+@click.option(
+    "--lr",
+    type=float,
+    help=f"Learning rate, constant.  [default: {Recipe.lr}; without data {WITHOUT_DATA['lr']}]",
+)
 @click.option(
     "--l1",
     "--lambda",
     type=float,
-    default=5e-6,
-    show_default=True,
-    help="Weight of the sum of scores; more removes more.",
+    help=f"Weight of the sum of scores; more removes more.  [default: {_by_family('l1')}]",
+)
+@click.option(
+    "--error",
+    type=click.Choice(["mean", "sum"]),
+    help=f"Of a latent's squared errors.  [default: {_by_family('error')}]",
 )
 @click.option("--ste-threshold", type=float, help="Train with hard decisions at this score.")
-@click.option("--label-dropout", type=float, default=0.1, show_default=True, help="To the null label.")
-@click.option("--clamp", type=float, default=5.0, show_default=True, help="Largest absolute logit.")
+@click.option(
+    "--label-dropout", type=float, help=f"To the null label.  [default: {Recipe.label_dropout}]"
+)
+@click.option(
+    "--guidance-scale",
+    type=float,
+    help=f"Of trajectories without data.  [default: {_both(GUIDANCE_SCALES)}]",
+)
+@click.option(
+    "--reweigh-every",
+    type=int,
+    metavar="N",
+    help="Without data: weigh calls by what caching there does to the final latent, anew every N.",
+)
+@click.option(
+    "--clamp",
+    type=float,
+    help=f"Largest absolute logit.  [default: {_by_family('clamp')}; without data "
+    f"{WITHOUT_DATA['clamp']}]",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
 @click.option("--threads", type=click.IntRange(1), help="On the CPU. Default: PyTorch's choice.")
@@ -59,17 +118,20 @@ from l2c_export.train.recipe import LATENT_SCALE, Recipe
     show_default=True,
     help="Iterations between checkpoints.",
 )
+@click.option("--compare", type=FILE, help="Another router: also print how much they agree.")
 @click.option("-o", "--output", type=FILE, default="router.safetensors", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
 def command(model: str | None, model_config: Path | None, as_json: bool, **values: Any) -> None:
-    """Train a Learning-to-Cache router for a DiT and its DDIM sampler.
+    """Train a Learning-to-Cache router for a model and its sampler.
 
     The training's own checkpoint is OUTPUT.training; one that is there is continued with --resume, and
     never overwritten by another training. On several GPUs: torchrun --nproc-per-node 8
     --no-python l2c-export train-router …
     """
     config = _config(model, model_config)
-    recipe = Recipe(**{field.name: values.pop(field.name) for field in fields(Recipe)})
+    recipe = make_recipe(
+        config.family, **{field.name: values.pop(field.name) for field in fields(Recipe)}
+    )
     from l2c_export.train.job import Job, train_router
     from l2c_export.train.sweep import sweep_table
 

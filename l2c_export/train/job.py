@@ -7,15 +7,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from l2c_export.build.checkpoint import Checkpoint, open_checkpoint
 from l2c_export.build.download import find_checkpoint
 from l2c_export.build.models import Model, build_model
-from l2c_export.build.router_file import write_router
+from l2c_export.build.router_file import read_router, write_router
 from l2c_export.core.models import ModelConfig
+from l2c_export.core.overlap import check_comparable
+from l2c_export.core.schedule import Router
 from l2c_export.errors import L2CError
-from l2c_export.train.data import read_dataset
+from l2c_export.train.data import Dataset, read_dataset
 from l2c_export.train.recipe import LATENT_SCALE, Recipe
 from l2c_export.train.router import Progress, Trainer, mean_loss, train
 from l2c_export.train.state import Run
@@ -30,26 +33,29 @@ class Job:
     Attributes:
         config: The model.
         recipe: How.
-        data: An ``.npz`` or a folder; see :func:`~l2c_export.train.data.read_dataset`.
+        data: An ``.npz`` or a folder; see :func:`~l2c_export.train.data.read_dataset`. None for a
+            recipe without data.
         output: The router file; the training's own checkpoint is beside it, with ``.training`` added.
         checkpoint: The model's weights; None takes the official ones of the preset.
         preset: The model's name, if it has one.
         latent_scale: Factor of latents; None is 0.18215 for presets and 1 for others.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None takes a GPU if there is one.
         threads: On the CPU; None leaves PyTorch's choice.
+        compare: Another router, to say how much they agree.
         resume: Continue from the training's checkpoint; without this there must be none.
         checkpoint_every: Iterations between checkpoints.
     """
 
     config: ModelConfig
     recipe: Recipe
-    data: Path
+    data: Path | None
     output: Path
     checkpoint: Path | None = None
     preset: str | None = None
     latent_scale: float | None = None
     device: str | None = None
     threads: int | None = None
+    compare: Path | None = None
     resume: bool = False
     checkpoint_every: int = 1000
 
@@ -105,14 +111,14 @@ def train_router(job: Job, progress: Progress = _silent) -> Result | None:
         raise L2CError(
             f"there is a training checkpoint {job.state}; continue it with --resume, or remove it"
         )
-    scale = job.latent_scale
-    if scale is None:
-        scale = 1.0 if job.preset is None else LATENT_SCALE
-    data = read_dataset(job.data, job.config, scale)
+    other = _open_other(job)
+    data, scale = _open_data(job)
     weights = _open_weights(job)
     with workers(job.device) as (group, device):
         digest = str(weights.source["sha256"])
-        run = Run(job.recipe, job.config, digest, data.digest, group.count, scale)
+        run = Run(
+            job.recipe, job.config, digest, None if data is None else data.digest, group.count, scale
+        )
         trainer = Trainer(load_model(weights).to(device), data, run, group)
         if job.resume:
             trainer.restore(job.state)
@@ -124,9 +130,39 @@ def train_router(job: Job, progress: Progress = _silent) -> Result | None:
         write_router(
             job.output, router, family=job.config.family, slots=job.config.slots, training=run.facts()
         )
-        return Result(
-            job.output, trainer.iteration, mean_loss(losses), seconds, sweep(router, job.config)
-        )
+        rows = sweep(router, job.config, other=other)
+        return Result(job.output, trainer.iteration, mean_loss(losses), seconds, rows)
+
+
+def _open_other(job: Job) -> Router | None:
+    """The router to compare with, checked before the training rather than after it."""
+    if job.compare is None:
+        return None
+    recipe, config = job.recipe, job.config
+    other = read_router(job.compare, config.family)
+    blank = np.zeros((recipe.steps, len(config.slots)), np.float32)
+    ours = Router(blank, np.zeros(recipe.steps, bool), recipe.sampler, slots=config.slots)
+    try:
+        check_comparable(ours, other)
+    except L2CError as error:
+        raise L2CError(f"--compare {job.compare}: {error}") from None
+    return other
+
+
+def _open_data(job: Job) -> tuple[Dataset | None, float | None]:
+    """The data and the factor of their latents; nothing for a recipe without data."""
+    if job.recipe.no_data:
+        if job.data is not None:
+            raise L2CError(f"--no-data trains without data; leave out --data {job.data}")
+        if job.latent_scale is not None:
+            raise L2CError("--latent-scale is a factor of data; leave it out with --no-data")
+        return None, None
+    if job.data is None:
+        raise L2CError("give training data with --data PATH, or train from noise with --no-data")
+    scale = job.latent_scale
+    if scale is None:
+        scale = 1.0 if job.preset is None else LATENT_SCALE
+    return read_dataset(job.data, job.config, scale), scale
 
 
 def load_model(weights: Checkpoint) -> Model:

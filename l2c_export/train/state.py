@@ -18,7 +18,7 @@ from l2c_export.core.models import ModelConfig
 from l2c_export.errors import L2CError
 from l2c_export.train.recipe import Recipe
 
-FORMAT, VERSION = "l2c-router-training", "1"
+FORMAT, VERSION = "l2c-router-training", "2"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _AGAIN = "remove it and train without --resume"
 
@@ -31,17 +31,17 @@ class Run:
         recipe: How it is trained.
         config: The model.
         weights: Hexadecimal SHA-256 of the model's checkpoint.
-        data: Hexadecimal SHA-256 of the data.
+        data: Hexadecimal SHA-256 of the data; None without data.
         processes: How many share a batch.
-        latent_scale: Factor of the latents.
+        latent_scale: Factor of the latents; None without data.
     """
 
     recipe: Recipe
     config: ModelConfig
     weights: str
-    data: str
+    data: str | None
     processes: int = 1
-    latent_scale: float = 1.0
+    latent_scale: float | None = 1.0
 
     def facts(self) -> dict[str, Any]:
         """For the router file: names to numbers, strings and None."""
@@ -59,8 +59,9 @@ def write_state(
     iteration: int,
     logits: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    importance: Tensor,
 ) -> None:
-    """Write logits, AdamW's moments and the iteration.
+    """Write logits, AdamW's moments, the weights of the errors and the iteration.
 
     Raises:
         L2CError: They cannot be written there.
@@ -71,6 +72,7 @@ def write_state(
     for name in _MOMENTS:
         rows = [optimizer.state[row].get(name, empty[name]).cpu() for row in logits]
         tensors[name] = torch.stack(rows)
+    tensors["importance"] = importance
     state = {"iteration": iteration, "run": run.facts(), "model": run.config.to_json()}
     metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(state, sort_keys=True)}
     try:
@@ -82,11 +84,11 @@ def write_state(
 
 def read_state(
     path: Path, run: Run, logits: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
-) -> int:
+) -> tuple[int, Tensor]:
     """Fill logits and optimizer from a checkpoint of the same training.
 
     Returns:
-        Iterations made.
+        Iterations made, and the (rows,) weights of the errors.
 
     Raises:
         L2CError: There is no checkpoint, it is damaged, or it is of another training.
@@ -105,16 +107,17 @@ def read_state(
             f"training checkpoint {path} is of another training: {'; '.join(changed[:3])}; "
             f"use the same options, or {_AGAIN}"
         )
-    shapes = {"logits": (len(logits), *logits[0].shape), "step": (len(logits),)}
+    row = (len(logits),)
+    shapes = {"logits": (*row, *logits[0].shape), "step": row, "importance": row}
     for name, tensor in tensors.items():
         if tensor.shape != shapes.get(name, shapes["logits"]) or not torch.isfinite(tensor).all():
             raise L2CError(f"training checkpoint {path} is damaged: '{name}' does not fit the model")
-    for i, row in enumerate(logits):
-        row.data.copy_(tensors["logits"][i])
+    for i, parameter in enumerate(logits):
+        parameter.data.copy_(tensors["logits"][i])
         if tensors["step"][i] > 0:
-            moments = {name: tensors[name][i].clone().to(row.device) for name in _MOMENTS[1:]}
-            optimizer.state[row] = {"step": tensors["step"][i].clone()} | moments
-    return int(state["iteration"])
+            moments = {name: tensors[name][i].clone().to(parameter.device) for name in _MOMENTS[1:]}
+            optimizer.state[parameter] = {"step": tensors["step"][i].clone()} | moments
+    return int(state["iteration"]), tensors["importance"]
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -128,7 +131,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise L2CError(f"training checkpoint {path} is damaged: {error}") from None
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise L2CError(f"{path} is no training checkpoint of this release; {_AGAIN}")
-    if set(tensors) != {"logits", *_MOMENTS}:
+    if set(tensors) != {"logits", "importance", *_MOMENTS}:
         raise L2CError(f"training checkpoint {path} is damaged: it holds {sorted(tensors)}")
     try:
         state = json.loads(metadata["state"])
