@@ -10,10 +10,12 @@ import torch
 
 from l2c_export.build.checkpoint import open_checkpoint, random_checkpoint
 from l2c_export.build.models import build_model, guide
+from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.core.models import PRESETS, UViTConfig, config_from_json, preset
 from l2c_export.errors import L2CError
 
 DATA = Path(__file__).parent / "data" / "uvit-dpm20"
+ROUTERS = Path(__file__).resolve().parents[2] / "shared" / "routers"
 GOLDEN = UViTConfig(28, 48, 4, 2, 8, num_classes=10, conv=False)
 SMALL = UViTConfig(4, 16, 2, 2, 4, num_classes=3)
 
@@ -95,6 +97,26 @@ def test_a_configuration_survives_json():
 def test_a_wrong_configuration_is_one_clear_error(changed, message):
     with pytest.raises(L2CError, match=message):
         config_from_json(SMALL.to_json() | changed, "here")
+
+
+@pytest.mark.parametrize(
+    ("steps", "removed", "routed", "speedup"), [(20, 333, 522, 1.370), (50, 1304, 1392, 1.718)]
+)
+def test_the_preset_alone_names_sampler_threshold_and_router(
+    steps, removed, routed, speedup, tmp_path, monkeypatch
+):
+    """Learning-to-Cache, Table 4: 63.79 % and 93.68 % of the routed calls' sub-layers."""
+    router = ROUTERS / f"dpm{steps}_router.pth"
+    if not router.is_file():
+        pytest.skip(f"the released routers are not part of the project; {router} is missing")
+    monkeypatch.setenv("L2C_EXPORT_CACHE", str(tmp_path))
+    (tmp_path / router.name).write_bytes(router.read_bytes())
+    options = ScheduleOptions(model="uvit-h-2", steps=steps)
+    assert options.sampler_name == "dpm-solver-2s"
+    plan = plan_from_options(options)
+    assert (plan.schedule.removed, plan.schedule.source["threshold"]) == (removed, 0.9)
+    assert plan.schedule.source["routed_calls"] * len(plan.config.slots) == routed
+    assert plan.costs.speedup == pytest.approx(speedup, abs=5e-4)
 
 
 # The eager model ------------------------------------------------------------------------------

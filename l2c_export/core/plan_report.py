@@ -133,7 +133,7 @@ def schedule_name(plan: Plan) -> str:
 def model_name(plan: Plan) -> str:
     """The model's family and geometry in a few words."""
     c = plan.config
-    blocks = f"{c.depth} block{'s' if c.depth > 1 else ''}"
+    blocks = f"{c.blocks} block{'s' if c.blocks > 1 else ''}"
     return f"{c.family}, {blocks} x {c.hidden_size}, {c.tokens} tokens"
 
 
