@@ -32,6 +32,33 @@ def run(*arguments: object):
     return result.exit_code, result.stdout, result.stderr
 
 
+@pytest.fixture
+def noisy(tmp_path) -> Path:
+    """A bundle whose calls draw noise."""
+    folder = handmade.write_bundle(tmp_path / "noisy")
+    manifest = read_bundle(folder).manifest
+    update = {"x": {"x": 0.5, "output": 0.25, "noise": 0.5}}
+    calls = tuple(replace(call, update=update) for call in manifest.calls)
+    write_manifest(folder, replace(manifest, calls=calls, stochastic=True, sampler="ddpm"))
+    return folder
+
+
+def test_run_draws_the_noise_of_calls_from_the_seed(noisy, tmp_path):
+    def latents(*options):
+        code, _, err = run("run", noisy, "--labels", "1,2", "-o", tmp_path / "s.npy", *options)
+        assert code == 0, err
+        return np.load(tmp_path / "s.npy")
+
+    start = tmp_path / "start.npy"
+    np.save(start, np.zeros((2, *handmade.LATENT), np.float32))
+    assert np.array_equal(latents("--seed", 3), latents("--seed", 3))
+    assert not np.allclose(latents("--seed", 3), latents("--seed", 4))
+    given = latents("--noise", start)
+    assert np.array_equal(given, latents("--noise", start, "--seed", 0))
+    assert not np.allclose(given, latents("--noise", start, "--seed", 1))
+    assert "sampler   ddpm, draws noise in its calls; 6 calls" in run("inspect", noisy)[1]
+
+
 # -- inspect ------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,27 @@ def test_the_table_draws_every_sub_layer():
     assert "5/8 of the routed calls' sub-layers (62.50 %), 31.25 % of all" in text
 
 
+def test_the_table_says_the_sampler_and_what_it_keeps():
+    def line(name):
+        schedule = Schedule(CONFIG.slots, REUSE)
+        table = sampler_table(name, len(REUSE))
+        return plan_table(make_plan(CONFIG, schedule, table, sampler=name)).splitlines()[2]
+
+    assert line("ddim") == "sampler   ddim"
+    assert line("dpm-solver-2m") == "sampler   dpm-solver-2m, keeps 1 latent between calls"
+    assert line("dpm-solver-3s") == "sampler   dpm-solver-3s, keeps 2 latents between calls"
+    assert line("ddpm") == "sampler   ddpm, draws noise in its calls"
+
+
+@pytest.mark.parametrize("name", ["dpm-solver-2s", "dpm-solver-3s"])
+def test_times_between_those_of_training_fit_their_column(name):
+    reuse = np.zeros((20, 4), bool)
+    made = make_plan(CONFIG, Schedule(CONFIG.slots, reuse), sampler_table(name, 20))
+    lines = plan_table(made).splitlines()
+    heads = next(i for i, line in enumerate(lines) if line.startswith("call"))
+    assert len({line.index(" % ") for line in lines[heads + 1 : heads + 21]}) == 1
+
+
 def test_the_table_shows_what_a_budget_computes_more():
     text = plan_table(plan(max_graphs=2))
     assert "+ computed to share a graph" in text
@@ -132,6 +153,16 @@ def test_the_command_draws_a_picture(tiny_files, tmp_path):
         (["--model", "dit-s-2", "--uncached", "--steps", "0"], 2, "--steps"),
         (["--model", "dit-s-2", "--uncached", "--steps", "1001"], 1, "between 1 and 1000"),
         (["--model", "dit-s-2", "--uncached", "--sampler", "no"], 1, "unknown sampler 'no'"),
+        (
+            ["--model", "dit-s-2", "--uncached", "--sampler", "dpm-solver-2s", "--steps", "19"],
+            1,
+            "19 steps: dpm-solver-2s makes two calls a solver step; use 18 or 20",
+        ),
+        (
+            ["--model", "dit-s-2", "--uncached", "--sampler", "euler"],
+            1,
+            "'euler' is for models that predict velocity, this one predicts noise; use --sampler ddim",
+        ),
         (["--model-config", "missing.json", "--uncached"], 1, "cannot read model configuration"),
         (["--model-config", "{model}"], 1, "no released router for this model"),
         (["--model-config", "{model}", "--router", "missing.pt"], 1, "missing.pt"),

@@ -17,6 +17,8 @@ from l2c_export.build.build import build_bundle
 from l2c_export.cli import cli
 from l2c_export.core.bundle import WEIGHTS, File, read_bundle, write_manifest
 from l2c_export.core.files import sha256
+from l2c_export.core.sampler_call import is_stochastic
+from l2c_export.core.samplers import SAMPLERS, sampler_table
 from l2c_export.errors import L2CError, VerificationError
 from l2c_export.evidence.compare import CallErrors, relative_error
 from l2c_export.evidence.verify import Settings, report_json, report_table, verify
@@ -194,6 +196,33 @@ def test_a_wrong_update_is_seen_in_the_latent_alone(copy):
     assert found.startswith("call 2 ")
     assert "the latent after it differs" in found
     assert "the update or the buffers are wrong" in found
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_the_update_of_every_sampler_is_compared(copy, name):
+    """The tiny bundle's calls with the sampler's numbers; then each of its terms doubled."""
+    manifest = read_bundle(copy).manifest
+    model = manifest.model | {"prediction": SAMPLERS[name].prediction}
+    table = sampler_table(name, len(manifest.calls))
+    calls = tuple(
+        dataclasses.replace(call, timestep=made.timestep, update=made.update)
+        for call, made in zip(manifest.calls, table, strict=True)
+    )
+    facts = {"sampler": name, "stochastic": is_stochastic(table), "model": model}
+    consistent(copy, calls=calls, **facts)
+    outcome = verify(Runner.load(copy, threads=1), Settings(batch=1, tolerance=1e-5))
+    assert outcome.failure is None
+    assert outcome.worst > 0
+    index = 2
+    for target, terms in calls[index].update.items():
+        for source in terms:
+            wrong = calls[index].update | {target: terms | {source: terms[source] * 2}}
+            changed = list(calls)
+            changed[index] = dataclasses.replace(calls[index], update=wrong)
+            consistent(copy, calls=tuple(changed), **facts)
+            found = failure(copy, batch=1, uncached=False, calls=5)
+            assert "the latent after it differs" in found, (target, source)
+            assert found.startswith("call 2 " if target == "x" else ("call 3 ", "call 4 ")), found
 
 
 def test_a_wrong_timestep_is_seen_in_its_call(copy):

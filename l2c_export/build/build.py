@@ -79,7 +79,6 @@ class Request:
     Attributes:
         plan: The compiled schedule.
         weights: Where the weights come from.
-        sampler: Name of the sampler, for the manifest.
         batch: Smallest and largest number of latents in a call; equal ones fix the shapes.
         guidance_scale: The bundle's default scale, in uncond + scale * (cond - uncond); None takes
             that of the model's family.
@@ -89,7 +88,6 @@ class Request:
 
     plan: Plan
     weights: WeightSource
-    sampler: str = "ddim"
     batch: tuple[int, int] = (1, 1)
     guidance_scale: float | None = None
     preset: str | None = None
@@ -306,7 +304,7 @@ class _Build:
             weights=self.request.weights.source,
             schedule=plan.asked.source
             | {"removed": plan.schedule.removed, "asked": plan.asked.removed},
-            sampler=self.request.sampler,
+            sampler=plan.sampler,
             stochastic=is_stochastic([c.call for c in plan.calls]),
             latent=config.latent_shape,
             classes=config.num_classes,

@@ -47,8 +47,7 @@ def request_from_options(
     from l2c_export.build.build import Request
 
     plan = replace(plan, config=weights.config)  # a diffusers folder has constants of its own
-    sampler = options.sampler_name
-    return Request(plan, weights, sampler, options.batch, guidance_scale, options.model)
+    return Request(plan, weights, options.batch, guidance_scale, options.model)
 
 
 def default_folder(options: ScheduleOptions, calls: int) -> Path:

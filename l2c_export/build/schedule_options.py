@@ -91,6 +91,7 @@ def plan_schedule(options: ScheduleOptions, config: ModelConfig, schedule: Sched
         guidance=options.guidance,
         max_graphs=options.max_graphs,
         precision=precision_of(options.precision),
+        sampler=options.sampler_name,
     )
 
 

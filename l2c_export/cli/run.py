@@ -20,7 +20,7 @@ from l2c_export.runtime.backends import BACKENDS
 @click.command()
 @click.argument("bundle", type=FILE)
 @click.option("--labels", callback=parse_labels, help="Classes, one an image: 207,360. Default: some.")
-@click.option("--seed", type=click.IntRange(0), help="For the noise.  [default: 0]")
+@click.option("--seed", type=click.IntRange(0), help="For all noise, that of calls too.  [default: 0]")
 @click.option("--noise", type=FILE, help="A .npy file of (images, C, H, W) float32 to start from.")
 @click.option("--guidance-scale", type=float, help="Default: the bundle's own.")
 @click.option("--cached/--uncached", default=True, help="Uncached computes everything in every call.")
@@ -39,9 +39,9 @@ from l2c_export.runtime.backends import BACKENDS
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one line of JSON.")
 def command(bundle: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Sample latents or images from BUNDLE."""
-    if options["noise"] is not None and options["seed"] is not None:
-        raise click.UsageError("--noise and --seed: the seed is only for making noise")
     manifest = read_bundle(bundle).manifest
+    if options["noise"] and options["seed"] is not None and not manifest.stochastic:
+        raise click.UsageError("--noise and --seed: the seed is only for making noise")
     if manifest.random_weights:
         click.secho("warning: the weights are random, and so are the results", fg="yellow", err=True)
     with show_progress(not as_json) as progress:

@@ -122,6 +122,7 @@ class Plan:
         guidance: Whether a call evaluates a conditional and an unconditional row for each latent.
         costs: What it costs.
         precision: What its graphs compute in, and its weights and slots are stored in.
+        sampler: Name of the sampler; its numbers are in the calls.
     """
 
     config: ModelConfig
@@ -132,6 +133,7 @@ class Plan:
     guidance: bool
     costs: Costs
     precision: Precision = FLOAT32
+    sampler: str = ""
 
     @property
     def graphs(self) -> tuple[StepGraph, ...]:
@@ -147,6 +149,7 @@ def make_plan(
     guidance: bool = True,
     max_graphs: int | None = None,
     precision: Precision = FLOAT32,
+    sampler: str = "",
 ) -> Plan:
     """Compile a schedule.
 
@@ -158,6 +161,7 @@ def make_plan(
         max_graphs: At most so many distinct step graphs; merges by computing or writing more than
             asked, never less.
         precision: Of weights and slots.
+        sampler: Name of the sampler that made ``calls``.
 
     Raises:
         L2CError: The schedule does not fit the model or the sampler, or the budget is below 1.
@@ -181,7 +185,7 @@ def make_plan(
         for call, graph, (reads, out) in zip(calls, graphs, bound, strict=True)
     )
     costs = _costs(config, graphs, rows, precision, slot_bytes, buffers)
-    return Plan(config, final, schedule, planned, buffers, guidance, costs, precision)
+    return Plan(config, final, schedule, planned, buffers, guidance, costs, precision, sampler)
 
 
 def live_writes(reuse: NDArray[np.bool_]) -> NDArray[np.bool_]:

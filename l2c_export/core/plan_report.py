@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from l2c_export.core.plan import Plan, StepGraph, live_writes
 from l2c_export.core.precision import stored_tensors
+from l2c_export.core.sampler_call import Step, is_stochastic
 
 _WIDEST_STRIP = 60  # columns of the table that may show one character for each slot
 
@@ -24,6 +26,7 @@ def plan_json(plan: Plan, batch: int = 1) -> dict[str, Any]:
         "precision": plan.precision.name,
         "guidance": plan.guidance,
         "batch": batch,
+        "sampler": plan.sampler,
         "schedule": schedule_json(plan),
         "calls": [
             {
@@ -130,6 +133,14 @@ def schedule_name(plan: Plan) -> str:
     return f"{name} at θ = {source['threshold']:g}"
 
 
+def sampler_name(name: str, calls: Sequence[Step]) -> str:
+    """A sampler with what it needs beside the latent, in a few words."""
+    kept = len({target for call in calls for target in call.update} - {"x"})
+    keeps = f", keeps {kept} latent{'s' * (kept > 1)} between calls" if kept else ""
+    noise = ", draws noise in its calls" if is_stochastic(calls) else ""
+    return f"{name or 'unnamed'}{keeps}{noise}"
+
+
 def model_name(plan: Plan) -> str:
     """The model's family and geometry in a few words."""
     c = plan.config
@@ -150,6 +161,7 @@ def _head(plan: Plan) -> list[str]:
     return [
         f"model     {model_name(plan)}, {guidance}",
         f"schedule  {schedule_name(plan)}, {len(plan.calls)} calls",
+        f"sampler   {sampler_name(plan.sampler, [planned.call for planned in plan.calls])}",
     ]
 
 
@@ -178,7 +190,9 @@ def _call_lines(plan: Plan) -> list[str]:
     lines = [head.rstrip()]
     total = len(plan.config.slots)
     for i, (planned, macs) in enumerate(zip(plan.calls, plan.costs.call_macs, strict=True)):
-        line = f"{i:4} {planned.call.timestep:5g}  {planned.graph.key}  {total - len(planned.reads):8}"
+        line = (
+            f"{i:4} {planned.call.timestep:5.4g}  {planned.graph.key}  {total - len(planned.reads):8}"
+        )
         line += f"  {100 * macs / plan.costs.full_macs:5.1f} %"
         if strips:
             marks = ["".join("cW.+"[states[i, k]] for k in at) for at in parts.values()]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 Terms = dict[str, float]
 """A sum: name of a value to its coefficient."""
@@ -19,6 +20,18 @@ and ``"noise"`` (fresh standard normal numbers, one draw a call). All are the va
 
 HISTORIES = ("history", "history2")
 """Latents that a solver keeps between calls, each of the shape of x."""
+
+
+class Step(Protocol):
+    """A sampler's or a manifest's call."""
+
+    @property
+    def timestep(self) -> float:
+        """What the network is told."""
+
+    @property
+    def update(self) -> Update:
+        """What becomes of the latent and of what the sampler keeps."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ def combine(*parts: tuple[float, Terms]) -> Terms:
     return {name: float(coefficient) for name, coefficient in total.items() if coefficient}
 
 
-def is_stochastic(calls: Collection[Call]) -> bool:
+def is_stochastic(calls: Iterable[Step]) -> bool:
     """Whether a program draws noise after its start."""
     return any("noise" in sources for call in calls for sources in call.update.values())
 

@@ -42,7 +42,7 @@ def _busy(data: dict[str, Any]) -> list[str]:
 def _call_lines(data: dict[str, Any]) -> list[str]:
     return [
         f"call      t  {'graph':13}  {'computed':>8}  {'ms':>26}  {'by MACs':>8}  {'measured':>8}",
-        *(f"{c['call']:4}  {c['timestep']:5g}  {_row(c)}" for c in data["calls"]),
+        *(f"{c['call']:4}  {c['timestep']:5.4g}  {_row(c)}" for c in data["calls"]),
         "the time of call 0 has the conditioning in it",
     ]
 

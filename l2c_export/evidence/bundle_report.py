@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from l2c_export.core.bundle import CONDITIONING, Bundle, Manifest, ProgramCall
-from l2c_export.core.plan_report import size
+from l2c_export.core.plan_report import sampler_name, size
 from l2c_export.evidence.program_costs import cache_bytes
 
 _DIGITS = 12  # of a digest, where people look
@@ -68,7 +68,7 @@ def _head(bundle: Bundle, checked: bool) -> list[str]:
         f"{len(manifest.slots.names)} slots, {latent} latents, {manifest.classes} classes",
         "weights": _weights(manifest.weights),
         "schedule": f"{_schedule(manifest.schedule)}; {removed} of {everything} sub-layers reused",
-        "sampler": _sampler(manifest),
+        "sampler": f"{sampler_name(manifest.sampler, manifest.calls)}; {len(manifest.calls)} calls",
         "batch": f"{low}" if low == high else f"{low} to {high}",
         "guidance": f"scale {guidance.scale:g} on {guidance.channels} of {manifest.latent[0]} channels"
         if guidance
@@ -89,13 +89,6 @@ def _schedule(source: dict[str, Any]) -> str:
         return str(source.get("policy", source.get("kind", "unknown")))
     router = source.get("router", {})
     return f"{router.get('file', 'router')}{_sha256(router)} at θ = {source.get('threshold')}"
-
-
-def _sampler(manifest: Manifest) -> str:
-    kept = len({target for call in manifest.calls for target in call.update} - {"x"})
-    keeps = f", keeps {kept} latent{'s' * (kept > 1)} between calls" if kept else ""
-    noise = ", draws noise in its calls" if manifest.stochastic else ""
-    return f"{manifest.sampler}, {len(manifest.calls)} calls{keeps}{noise}"
 
 
 def _sha256(source: dict[str, Any]) -> str:
@@ -138,6 +131,6 @@ def _call_line(manifest: Manifest, index: int, call: ProgramCall, width: int) ->
     computes = len(manifest.slots.names) - len(call.reads)
     update = " ".join(f"{number:+.4f} {source}" for source, number in call.update["x"].items())
     return (
-        f"{index:4}  {call.timestep:6g}  {call.graph:{width}}  {computes:8}  {len(call.reads):5}  "
+        f"{index:4}  {call.timestep:6.4g}  {call.graph:{width}}  {computes:8}  {len(call.reads):5}  "
         f"{len(call.writes):6}  {update}"
     )

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Protocol
 
 import safetensors
 import torch
@@ -20,18 +19,7 @@ from l2c_export.build.checkpoint import open_checkpoint
 from l2c_export.build.models import Branches, build_model, guide
 from l2c_export.core.bundle import WEIGHTS, Bundle
 from l2c_export.core.models import ModelConfig, config_from_json
-
-
-class Step(Protocol):
-    """What the reference needs to know of a call: a sampler's or a manifest's call will do."""
-
-    @property
-    def timestep(self) -> float:
-        """What the network is told."""
-
-    @property
-    def update(self) -> Mapping[str, Mapping[str, float]]:
-        """What becomes of the latent and of what the sampler keeps."""
+from l2c_export.core.sampler_call import Step
 
 
 @dataclass(frozen=True)

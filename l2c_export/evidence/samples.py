@@ -34,7 +34,7 @@ class SampleOptions:
 
     Attributes:
         labels: One an image; None for some classes.
-        seed: For the noise; 0 if there is none and no ``noise``.
+        seed: For the noise; 0 if there is none, unless ``noise`` is all there is to draw.
         noise: A ``.npy`` file of (images, C, H, W) float32 to start from.
         guidance_scale: None for the bundle's own.
         cached: Whether to run the bundle's program, or to compute everything.
@@ -81,7 +81,7 @@ def sample_to_files(
     manifest = runner.manifest
     outputs = _outputs(manifest, output)
     labels = options.labels or default_labels(manifest, None if given is None else len(given))
-    seed = None if options.noise else options.seed or 0
+    seed = options.seed or 0 if manifest.stochastic or not options.noise else None
     noise = check_noise(manifest, len(labels), given, seed)
     began = time.perf_counter()
     latents = runner.sample(

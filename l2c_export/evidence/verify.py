@@ -253,7 +253,7 @@ def report_table(report: Report) -> str:
     for i, call in enumerate(report.cached):
         name, error = call.worst_slot
         slot = f"{name} {error:.1e}" if name else "-"
-        line = f"{call.index:4} {call.timestep:5g}  {call.graph:13} {call.output:8.1e} "
+        line = f"{call.index:4} {call.timestep:5.4g}  {call.graph:13} {call.output:8.1e} "
         line += f"{len(call.slots):5} {slot:>16}   {call.latent:9.1e}"
         if i < len(report.uncached):
             line += f" {report.uncached[i].latent:9.1e} {report.delta[i]:14.1e}"
