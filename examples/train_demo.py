@@ -168,7 +168,8 @@ def sample(
     for call, row in zip(sampler_table("ddim", STEPS), schedule.reuse, strict=True):
         reuse = {name: branches[name] for name, reused in zip(CONFIG.slots, row, strict=True) if reused}
         out, branches = model(torch.cat([x, x]), torch.full((len(y),), call.timestep), y, reuse)
-        x = call.update["x"] * x + call.update["output"] * guide(out, scale, CONFIG)
+        terms = call.update["x"]
+        x = terms["x"] * x + terms["output"] * guide(out, scale, CONFIG)
     return x
 
 
