@@ -138,11 +138,16 @@ def _name(reads: dict[str, int], writes: dict[str, int]) -> str:
     return f"step-{bits}"
 
 
+def parameter(tensor: str) -> str:
+    """What the weights file and the graphs call a tensor."""
+    return {"label": "label_table", **{slot: f"w.{slot}" for slot in SLOTS}}.get(tensor, tensor)
+
+
 def _write_weights(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, int]:
     """Write a safetensors file; return each tensor's offset in the file."""
     header, at = {}, 0
     for name, value in tensors.items():
-        header[name] = {
+        header[parameter(name)] = {
             "dtype": "F32",
             "shape": list(value.shape),
             "data_offsets": [at, at + value.nbytes],
@@ -154,7 +159,7 @@ def _write_weights(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, int]
         file.write(len(text).to_bytes(8, "little") + text)
         for value in tensors.values():
             file.write(value.tobytes())
-    return {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
+    return {name: 8 + len(text) + header[parameter(name)]["data_offsets"][0] for name in tensors}
 
 
 def _conditioning(folder: Path, tensors: dict, offsets: dict[str, int]) -> Graph:

@@ -18,7 +18,7 @@ from handmade import CLASSES, LATENT, PROGRAM, SLOTS, TOKENS, WIDTH
 from l2c_export.core.bundle import MANIFEST, File, Value, read_bundle, write_manifest
 from l2c_export.core.files import sha256
 from l2c_export.errors import L2CError, UnsupportedError
-from l2c_export.runtime import Runner, backends
+from l2c_export.runtime import Runner, Session, backends
 from l2c_export.runtime.inputs import batches
 from l2c_export.runtime.session import aligned
 
@@ -269,6 +269,9 @@ class FakeBackend:
 
     def load(self, graph):
         return FakeGraph(self, graph)
+
+    def session(self, graphs, batch):
+        return Session(graphs, batch)
 
 
 class FailingBackend(FakeBackend):

@@ -25,7 +25,7 @@ from l2c_export.evidence.machine import machine_json, proportional_set_size, usa
 from l2c_export.evidence.program_costs import ProgramCosts, cache_bytes, program_costs
 
 if TYPE_CHECKING:
-    from l2c_export.runtime import Session
+    from l2c_export.runtime.session import AnySession
 
 PEERS = ("torch",)
 
@@ -155,7 +155,7 @@ def _arguments(path: Path, batch: int, threads: int) -> dict[str, Any]:
 
 
 def _trajectory(
-    session: Session, labels: Sequence[int], cached: bool, calls: int | None = None
+    session: AnySession, labels: Sequence[int], cached: bool, calls: int | None = None
 ) -> tuple[float, list[float]]:
     """Seconds of a trajectory and of each of its calls; the first call has the conditioning in it."""
     time.sleep(_PAUSE)

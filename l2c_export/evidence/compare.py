@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from l2c_export.evidence.reference import Record, Reference
-    from l2c_export.runtime import Session
+    from l2c_export.runtime.session import AnySession
 
 Array = NDArray[Any]
 
@@ -118,7 +118,7 @@ class Comparison:
     """
 
     reference: Reference
-    session: Session
+    session: AnySession
     manifest: Manifest
     labels: NDArray[np.int64]
     noise: Array

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,27 @@ def given_noise(noise: Floats) -> NoiseSource:
         np.copyto(out, noise[index])
 
     return fill
+
+
+def noise_source(
+    manifest: Manifest, batch: int, call_noise: Any, seed: int | None
+) -> NoiseSource | None:
+    """The noise of the calls: the caller's, or from the seed; None where they draw none.
+
+    Args:
+        manifest: Of the bundle.
+        batch: B.
+        call_noise: (calls, B, C, H, W) float32, a :data:`NoiseSource`, or None.
+        seed: Of the noise where none is given.
+
+    Raises:
+        L2CError: The noise or the seed is unfit.
+    """
+    if call_noise is None:
+        return seeded_noise(seed, range(batch)) if manifest.stochastic else None
+    if callable(call_noise):
+        return cast(NoiseSource, call_noise)
+    return given_noise(check_call_noise(manifest, batch, call_noise))
 
 
 def check_call_noise(manifest: Manifest, batch: int, noise: Any) -> Floats:

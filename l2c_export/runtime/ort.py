@@ -12,6 +12,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from l2c_export.core.bundle import Bundle
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime.backends import Array
+from l2c_export.runtime.session import Graphs, Session
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +72,10 @@ class OrtBackend:
             raise L2CError(f"{self.version} cannot load {path}: {_one_line(error)}") from None
         _log.info("loaded %s in %.3f s", path, time.perf_counter() - began)
         return OrtGraph(session)
+
+    def session(self, graphs: Graphs, batch: int) -> Session:
+        """A session in host memory."""
+        return Session(graphs, batch)
 
     def _open(self, path: str) -> ort.InferenceSession:
         try:

@@ -19,17 +19,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle, read_bundle
+from l2c_export.errors import UnsupportedError
 from l2c_export.runtime.backends import Backend, LoadedGraph, load_backend
-from l2c_export.runtime.inputs import batches, check_labels, check_noise
+from l2c_export.runtime.inputs import batches, check_batch, check_labels, check_noise
 from l2c_export.runtime.noise import NoiseSource, check_call_noise, given_noise, seeded_noise
 from l2c_export.runtime.sampler_state import Floats
-from l2c_export.runtime.session import Session
+from l2c_export.runtime.session import AnySession, StreamSession
 
 Callback = Callable[[int, float, Floats], None]
 """Takes a call's index, its timestep and the (batch, C, H, W) latent after it.
@@ -56,11 +57,13 @@ class Runner:
         self.backend = backend
         self._graphs: dict[str, LoadedGraph] = {}
         self._loading = threading.Lock()
-        self._idle: list[Session] = []
+        self._idle: list[AnySession] = []
         self._lending = threading.Lock()
 
     @classmethod
-    def load(cls, path: str | Path, backend: str = "ort", threads: int | None = None) -> Runner:
+    def load(
+        cls, path: str | Path, backend: str = "ort", threads: int | None = None, **options: Any
+    ) -> Runner:
         """Check every file of a bundle, and load the graphs of its program.
 
         A backend sees no graph before its file is checked; the weights are checked meanwhile.
@@ -69,6 +72,8 @@ class Runner:
             path: The bundle's folder.
             backend: A name from :data:`l2c_export.runtime.backends.BACKENDS`.
             threads: For each call; None is the backend's choice.
+            options: Of the backend: of those that run engines ``graphs``, what one launch runs, and
+                ``device``, the number of the GPU.
 
         Raises:
             L2CError: There is no bundle, a file is not what was built, or the backend is not
@@ -80,7 +85,7 @@ class Runner:
         with ThreadPoolExecutor(1) as pool:
             checked = pool.submit(bundle.check_files, files & {WEIGHTS})
             try:
-                runner = cls(bundle, load_backend(backend, bundle, threads))
+                runner = cls(bundle, load_backend(backend, bundle, threads, options))
                 for name in (CONDITIONING, *bundle.manifest.step_graphs()):
                     runner.graph(name)
             finally:
@@ -94,13 +99,13 @@ class Runner:
                 self._graphs[name] = self.backend.load(name)
             return self._graphs[name]
 
-    def session(self, batch: int) -> Session:
+    def session(self, batch: int) -> AnySession:
         """Make the buffers for trajectories of ``batch`` latents.
 
         Raises:
             L2CError: The bundle was not built for this batch.
         """
-        return Session(self, batch)
+        return self.backend.session(self, batch)
 
     def sample(
         self,
@@ -147,6 +152,59 @@ class Runner:
         ]
         return np.concatenate(done)
 
+    def enqueue(
+        self,
+        labels: Any,
+        stream: int,
+        *,
+        noise: Any = None,
+        seed: int | None = None,
+        guidance_scale: float | None = None,
+        cached: bool = True,
+        call_noise: Any = None,
+        out: Any = None,
+    ) -> Any:
+        """Sample one batch in device memory, in the order of a stream, without waiting for it.
+
+        The work waits for what is on the stream now, and what comes next on the stream waits for it.
+
+        Args:
+            labels: (N,) integer classes in host memory; N in the range that the bundle was built for.
+            stream: A CUDA stream's handle, such as ``torch.cuda.current_stream().cuda_stream``.
+            noise: As for :meth:`sample`; or on the device, by ``__dlpack__``, and then not looked at
+                for NaN.
+            seed: As for :meth:`sample`.
+            guidance_scale: As for :meth:`sample`.
+            cached: As for :meth:`sample`.
+            call_noise: As for :meth:`sample`.
+            out: (N, C, H, W) float32 on the device, by ``__dlpack__``: where the latents go.
+
+        Returns:
+            ``out``, or without it a :class:`~l2c_export.runtime.device.arrays.DeviceArray` with
+            ``__dlpack__`` and ``numpy()``.
+
+        Raises:
+            UnsupportedError: The backend has no device.
+            L2CError: An argument does not fit this bundle.
+        """
+        labels = check_labels(self.manifest, labels)
+        check_batch(self.manifest, len(labels))
+        with self._lent(len(labels)) as session:
+            if not hasattr(session, "result"):
+                raise UnsupportedError(f"{self.backend.version} has no stream: use sample()")
+            on_device = cast(StreamSession, session)
+            on_device.start(
+                labels,
+                noise,
+                guidance_scale,
+                cached,
+                seed=seed,
+                call_noise=call_noise,
+                stream=stream,
+            )
+            on_device.run()
+            return on_device.result(out)
+
     def _call_noise(
         self, count: int, given: Any, seed: int | None
     ) -> Callable[[list[int]], NoiseSource | None]:
@@ -171,13 +229,15 @@ class Runner:
         """Run one batch from noise to latents."""
         with self._lent(len(labels)) as session:
             session.start(labels, noise, guidance_scale, cached, call_noise=call_noise)
-            for call in session:
-                if callback is not None:
+            if callback is None:
+                session.run()
+            else:
+                for call in session:
                     callback(call.index, call.timestep, call.x)
             return session.x.copy()
 
     @contextmanager
-    def _lent(self, batch: int) -> Iterator[Session]:
+    def _lent(self, batch: int) -> Iterator[AnySession]:
         """A session that is nobody else's meanwhile."""
         with self._lending:
             session = next((s for s in reversed(self._idle) if s.batch == batch), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from l2c_export.runtime.inputs import (
     check_labels,
     check_noise,
 )
-from l2c_export.runtime.noise import NoiseSource, check_call_noise, given_noise, seeded_noise
+from l2c_export.runtime.noise import NoiseSource, noise_source
 from l2c_export.runtime.sampler_state import Floats, SamplerState
 
 _DTYPES = ("float32", "float16", "int64")
@@ -56,6 +56,65 @@ class CallResult:
     timestep: float
     output: Floats
     x: Floats
+
+
+class AnySession(Protocol):
+    """What a session of any backend does; :class:`Session` says how."""
+
+    batch: int
+
+    @property
+    def x(self) -> Floats:
+        """(B, C, H, W) the latent so far."""
+
+    def start(
+        self,
+        labels: Any,
+        noise: Any = None,
+        guidance_scale: float | None = None,
+        cached: bool = True,
+        *,
+        seed: int | None = None,
+        call_noise: Any = None,
+    ) -> None:
+        """Begin a trajectory, and forget one that is under way."""
+
+    def run(self) -> None:
+        """Run the calls that are left."""
+
+    def step(self) -> CallResult:
+        """Run the next call and the update of the latent."""
+
+    def __iter__(self) -> Iterator[CallResult]:
+        """Run the calls that are left, one by one."""
+
+    def slot(self, name: str) -> Array:
+        """(rows, …) a stored slot."""
+
+    def run_call(
+        self, index: int, x: Any, reads: Mapping[str, Any] | None = None
+    ) -> tuple[Floats, dict[str, Array]]:
+        """Run one call on given inputs; the trajectory stays where it is."""
+
+
+class StreamSession(AnySession, Protocol):
+    """What a session in device memory does besides."""
+
+    def start(
+        self,
+        labels: Any,
+        noise: Any = None,
+        guidance_scale: float | None = None,
+        cached: bool = True,
+        *,
+        seed: int | None = None,
+        call_noise: Any = None,
+        stream: int | None = None,
+    ) -> None:
+        """Begin a trajectory after what is on the caller's stream."""
+
+    def result(self, out: Any = None) -> Any:
+        """The latent in device memory, when the caller's stream gets there."""
 
 
 class Session:
@@ -113,11 +172,11 @@ class Session:
         if len(labels) != self.batch:
             raise L2CError(f"{len(labels)} labels for a session of batch {self.batch}")
         scale = check_guidance(manifest, guidance_scale)
-        source = self._noise_source(call_noise, seed)
+        source = noise_source(manifest, self.batch, call_noise, seed)
         np.copyto(self.x, check_noise(manifest, self.batch, noise, seed))
         self._noise = source
         self._guidance[0] = scale
-        self._program = manifest.calls if cached else _uncached(manifest)
+        self._program = manifest.calls if cached else uncached_program(manifest)
         self._index, self._held = 0, {}
         self._conditioning.start(labels)
 
@@ -144,6 +203,11 @@ class Session:
         """Run the calls that are left."""
         while self._index < len(self._program):
             yield self.step()
+
+    def run(self) -> None:
+        """Run the calls that are left."""
+        for _ in self:
+            pass
 
     def slot(self, name: str) -> Array:
         """(rows, …) view of a stored slot: the rows of the labels, then those of the null label.
@@ -191,13 +255,6 @@ class Session:
         self._conditioning.select(index)
         run()
         return output, writes
-
-    def _noise_source(self, call_noise: Any, seed: int | None) -> NoiseSource | None:
-        if call_noise is None:
-            return seeded_noise(seed, range(self.batch)) if self._manifest.stochastic else None
-        if callable(call_noise):
-            return cast(NoiseSource, call_noise)
-        return given_noise(check_call_noise(self._manifest, self.batch, call_noise))
 
     def _bound_call(self, call: ProgramCall) -> Callable[[], None]:
         """Bind once; calls with the same graph and buffers share it."""
@@ -293,7 +350,8 @@ def _aligned_copy(array: Array) -> Array:
     return copy
 
 
-def _uncached(manifest: Manifest) -> tuple[ProgramCall, ...]:
+def uncached_program(manifest: Manifest) -> tuple[ProgramCall, ...]:
+    """The calls of the manifest, each of which computes everything."""
     return tuple(replace(c, graph=manifest.uncached, reads={}, writes={}) for c in manifest.calls)
 
 

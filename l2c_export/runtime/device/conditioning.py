@@ -1,0 +1,111 @@
+"""What depends on timestep and label alone, in device memory for many calls at once.
+
+Its weights, a third of all in DiT, are read once for a chunk of calls. A chunk fills a table with one
+aligned row a call, at whose addresses the calls are bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l2c_export.core.bundle import CONDITIONING, Manifest
+from l2c_export.core.engines import EngineSet
+from l2c_export.errors import L2CError
+from l2c_export.runtime.device.memory import Arena, item_bytes, padded
+from l2c_export.runtime.device.protocols import Device
+
+# As in runtime/session.py.
+_TABLE_BYTES = 64 << 20
+
+Enqueue = Callable[[str, dict[str, int]], None]
+"""Runs an engine with its tensors at addresses."""
+
+
+class ConditioningTable:
+    """Sizes of the table, and how it is filled.
+
+    Attributes:
+        calls: Calls of a chunk.
+        n: Rows of the conditioning engine's run: the same for every chunk.
+        dtype: Of the conditioning.
+        sizes: Buffers that it needs, by name.
+    """
+
+    def __init__(self, manifest: Manifest, engines: EngineSet, batch: int) -> None:
+        (value,) = engines.engine(CONDITIONING).outputs
+        self.dtype = value.dtype
+        self._rows = batch * manifest.rows
+        self._bytes = self._rows * math.prod(map(int, value.shape[1:])) * item_bytes(value.dtype)
+        self._stride = padded(self._bytes)
+        self._timesteps = np.array([call.timestep for call in manifest.calls], np.float32)
+        self._null = manifest.guidance.null_label if manifest.guidance else None
+        self.calls = self._chunk(engines)
+        self.n = self.calls * self._rows
+        self._chunks = -(-len(self._timesteps) // self.calls)
+        self.sizes = {
+            "labels": 8 * self.n,
+            "timesteps": self._chunks * padded(4 * self.n),
+            "conditioning": self.calls * self._stride,
+        }
+        if self._stride != self._bytes:
+            self.sizes["conditioning.packed"] = self.calls * self._bytes
+
+    def _chunk(self, engines: EngineSet) -> int:
+        """How many calls at once: as many as the table may hold and the engine takes."""
+        calls = min(len(self._timesteps), max(1, _TABLE_BYTES // self._stride))
+        low, _, high = engines.ranges.get("n", (1, 0, calls * self._rows))
+        calls = min(calls, high // self._rows)
+        if calls < 1 or calls * self._rows < low:
+            raise L2CError(
+                f"the conditioning engine of {engines.folder} takes {low} to {high} rows at once, "
+                f"this batch has {self._rows} a call; build the engines for it"
+            )
+        return calls
+
+    def upload(self, device: Device, arena: Arena, labels: NDArray[np.int64], stream: int) -> None:
+        """Send labels and timesteps of a new trajectory.
+
+        Args:
+            device: Where to.
+            arena: Has the buffers of :attr:`sizes`.
+            labels: (B,) classes.
+            stream: Where it is enqueued.
+        """
+        if self._null is not None:
+            labels = np.concatenate([labels, np.full_like(labels, self._null)])
+        device.upload(arena["labels"], np.tile(labels, self.calls), stream)
+        for chunk in range(self._chunks):
+            of = self._timesteps[chunk * self.calls : (chunk + 1) * self.calls]
+            # the last chunk is filled up, so that all have one shape
+            of = np.concatenate([of, np.full(self.calls - len(of), of[-1], np.float32)])
+            device.upload(self._timesteps_at(arena, chunk), np.repeat(of, self._rows), stream)
+
+    def fill(self, device: Device, arena: Arena, chunk: int, enqueue: Enqueue, stream: int) -> None:
+        """Enqueue the computation of a chunk."""
+        packed = "conditioning.packed" in self.sizes
+        enqueue(
+            CONDITIONING,
+            {
+                "timestep": self._timesteps_at(arena, chunk),
+                "label": arena["labels"],
+                CONDITIONING: arena["conditioning.packed" if packed else "conditioning"],
+            },
+        )
+        for i in range(self.calls if packed else 0):
+            source = arena["conditioning.packed"] + i * self._bytes
+            device.copy(arena["conditioning"] + i * self._stride, source, self._bytes, stream)
+
+    def chunk_of(self, call: int) -> int:
+        """The chunk that a call is in."""
+        return call // self.calls
+
+    def address(self, arena: Arena, call: int) -> int:
+        """Of a call's (rows, K), while its chunk is in the table."""
+        return arena["conditioning"] + call % self.calls * self._stride
+
+    def _timesteps_at(self, arena: Arena, chunk: int) -> int:
+        return arena["timesteps"] + chunk * padded(4 * self.n)
