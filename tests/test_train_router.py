@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -257,23 +258,26 @@ from l2c_export.train import job as jobs
 from l2c_export.train.recipe import Recipe
 from l2c_export.core.models import read_model_config
 torch.set_num_threads(1)
-folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+folder, out, no_data = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "True"
+without = {"no_data": True, "guidance_scale": 2.0, "label_dropout": None} if no_data else {}
 kept = []
 save = jobs.Trainer.save
 jobs.Trainer.save = lambda self, path: (kept.append(self.router().logits), save(self, path))
 result = jobs.train_router(jobs.Job(read_model_config(folder / "model.json"),
-    Recipe(steps=4, iterations=6, batch=4, lr=0.05), folder / "data.npz", out / "router.safetensors",
+    Recipe(steps=4, iterations=6, batch=4, lr=0.05, **without),
+    None if no_data else folder / "data.npz", out / "router.safetensors",
     checkpoint=folder / "model.safetensors", device="cpu"))
 print(result is None, kept[-1].tobytes().hex(), flush=True)
 os._exit(0)  # what PyTorch's threads do while the interpreter ends is not asked here
 """
 
 
-def test_two_processes_train_one_router(folder, tmp_path):
+@pytest.mark.parametrize("no_data", [False, True])
+def test_two_processes_train_one_router(folder, tmp_path, no_data):
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29000 + os.getpid() % 9000)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", PROCESS, str(folder), str(tmp_path)],
+            [sys.executable, "-W", "ignore", "-c", PROCESS, str(folder), str(tmp_path), str(no_data)],
             env=env | {"RANK": str(rank), "WORLD_SIZE": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -311,13 +315,14 @@ def test_the_command_writes_a_router_that_the_rest_can_read(folder, tmp_path):
     done = CliRunner().invoke(cli, [str(a) for a in arguments])
     assert done.exit_code == 0, done.output
     assert "threshold   removed of routed" in done.stdout
+    assert re.search(r" 4 iterations in \d+ s  loss \S+ -> \S+\n$", done.stdout)
     assert not done.stderr
     router = read_router(output, "dit")
     assert router.routed.tolist() == [False, True, False, True]
     assert router.source["training"]["l1"] == 1e-5
     done = CliRunner().invoke(cli, [str(a) for a in [*arguments, "--resume", "--json"]])
     facts = json.loads(done.stdout)
-    assert (facts["iterations"], facts["loss"]) == (4, None)
+    assert (facts["iterations"], facts["losses"]) == (4, None)
     assert [row["routed"] for row in facts["sweep"]] == [8] * 10
 
 

@@ -1,8 +1,11 @@
 import pytest
 
+from l2c_export.core.models import preset
 from l2c_export.errors import L2CError
 from l2c_export.train.recipe import Recipe, make_recipe
 from l2c_export.train.shape import make_shape
+
+DIT, UVIT = preset("dit-xl-2"), preset("uvit-h-2")
 
 
 @pytest.mark.parametrize(
@@ -43,11 +46,11 @@ def test_a_number_of_calls_that_does_not_fit_is_refused(schedule, sampler, calls
 
 
 def test_the_recipes_of_the_families():
-    dit, uvit = make_recipe("dit"), make_recipe("uvit")
+    dit, uvit = make_recipe(DIT), make_recipe(UVIT)
     assert dit == Recipe()
     assert (uvit.sampler, uvit.error, uvit.l1, uvit.clamp) == ("dpm-solver-2s", "sum", 0.1, None)
     assert (uvit.lr, uvit.label_dropout, uvit.batch) == (1e-3, 0.1, 64)
-    free = make_recipe("uvit", no_data=True, l1=0.2, clamp=None)
+    free = make_recipe(UVIT, no_data=True, l1=0.2, clamp=None)
     assert (free.l1, free.clamp, free.guidance_scale, free.label_dropout) == (0.2, 5.0, 1.4, None)
 
 
@@ -66,4 +69,4 @@ def test_the_recipes_of_the_families():
 )
 def test_options_that_do_not_fit_each_other_are_refused(changes, message):
     with pytest.raises(L2CError, match=message):
-        make_recipe("dit", **changes)
+        make_recipe(DIT, **changes)

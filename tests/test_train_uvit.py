@@ -50,7 +50,7 @@ def trainer(model, tmp_path):
 
     def make(**changes):
         given = {"steps": STEPS, "iterations": 6, "batch": 4, "lr": 0.05} | changes
-        recipe = make_recipe("uvit", **given)
+        recipe = make_recipe(CONFIG, **given)
         data = None if recipe.no_data else read_dataset(tmp_path / "data.npz", CONFIG)
         run = Run(recipe, CONFIG, "weights", data and data.digest)
         return Trainer(model, data, run, Workers())

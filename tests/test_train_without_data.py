@@ -31,7 +31,7 @@ from l2c_export.train.workers import Workers
 CONFIG = DiTConfig(2, 32, 2, 2, 4, in_channels=2, num_classes=3, guidance_channels=2)
 CALLS = 5
 RECIPE = make_recipe(
-    "dit", no_data=True, steps=CALLS, schedule="every", iterations=6, batch=4, guidance_scale=2.0
+    CONFIG, no_data=True, steps=CALLS, schedule="every", iterations=6, batch=4, guidance_scale=2.0
 )
 
 

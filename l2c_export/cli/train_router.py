@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from l2c_export.core.models import ModelConfig, preset, read_model_config
 from l2c_export.core.samplers import SAMPLERS
 from l2c_export.train.recipe import (
     DEFAULTS,
-    GUIDANCE_SCALES,
     LATENT_SCALE,
     WITHOUT_DATA,
     Recipe,
@@ -25,15 +23,10 @@ from l2c_export.train.recipe import (
 from l2c_export.train.shape import SCHEDULES
 
 
-def _both(values: Mapping[str, Any]) -> str:
-    """Defaults of the model families, for a help text."""
-    return ", ".join(
-        f"{'none' if value is None else value} for {name}" for name, value in values.items()
-    )
-
-
 def _by_family(field: str) -> str:
-    return _both({family: values[field] for family, values in DEFAULTS.items()})
+    """Defaults of the model families, for a help text."""
+    values = {family: recipe[field] for family, recipe in DEFAULTS.items()}
+    return ", ".join(f"{'none' if v is None else v} for {family}" for family, v in values.items())
 
 
 @click.command()
@@ -54,7 +47,7 @@ def _by_family(field: str) -> str:
     type=float,
     help=f"Factor of latents.  [default: {LATENT_SCALE} with --model, else 1]",
 )
-@click.option("--sampler", help=f"One of: {', '.join(SAMPLERS)}.  [default: {_by_family('sampler')}]")
+@click.option("--sampler", help=f"One of: {', '.join(SAMPLERS)}; default: the model family's.")
 @click.option("--steps", type=int, default=20, show_default=True, help="Calls of a trajectory.")
 @click.option(
     "--schedule",
@@ -93,7 +86,7 @@ def _by_family(field: str) -> str:
 @click.option(
     "--guidance-scale",
     type=float,
-    help=f"Of trajectories without data.  [default: {_both(GUIDANCE_SCALES)}]",
+    help="Of trajectories without data.  [default: that of the model's family]",
 )
 @click.option(
     "--reweigh-every",
@@ -114,9 +107,7 @@ def _by_family(field: str) -> str:
 @click.option(
     "--checkpoint-every",
     type=click.IntRange(1),
-    default=1000,
-    show_default=True,
-    help="Iterations between checkpoints.",
+    help="Iterations between checkpoints.  [default: 1000; without data 50]",
 )
 @click.option("--compare", type=FILE, help="Another router: also print how much they agree.")
 @click.option("-o", "--output", type=FILE, default="router.safetensors", show_default=True)
@@ -129,9 +120,7 @@ def command(model: str | None, model_config: Path | None, as_json: bool, **value
     --no-python l2c-export train-router …
     """
     config = _config(model, model_config)
-    recipe = make_recipe(
-        config.family, **{field.name: values.pop(field.name) for field in fields(Recipe)}
-    )
+    recipe = make_recipe(config, **{field.name: values.pop(field.name) for field in fields(Recipe)})
     from l2c_export.train.job import Job, train_router
     from l2c_export.train.sweep import sweep_table
 
@@ -146,7 +135,8 @@ def command(model: str | None, model_config: Path | None, as_json: bool, **value
         click.echo(json.dumps(result.facts()))
         return
     click.echo(sweep_table(result.sweep))
-    click.echo(f"{result.output}  {result.iterations} iterations in {result.seconds:.0f} s")
+    ends = "" if result.losses is None else "  loss {:.3g} -> {:.3g}".format(*result.losses)
+    click.echo(f"{result.output}  {result.iterations} iterations in {result.seconds:.0f} s{ends}")
 
 
 def _config(model: str | None, model_config: Path | None) -> ModelConfig:

@@ -20,7 +20,7 @@ from l2c_export.core.schedule import Router
 from l2c_export.errors import L2CError
 from l2c_export.train.data import Dataset, read_dataset
 from l2c_export.train.recipe import LATENT_SCALE, Recipe
-from l2c_export.train.router import Progress, Trainer, mean_loss, train
+from l2c_export.train.router import Progress, Trainer, first_and_last, train
 from l2c_export.train.state import Run
 from l2c_export.train.sweep import SweepRow, sweep
 from l2c_export.train.workers import workers
@@ -43,7 +43,8 @@ class Job:
         threads: On the CPU; None leaves PyTorch's choice.
         compare: Another router, to say how much they agree.
         resume: Continue from the training's checkpoint; without this there must be none.
-        checkpoint_every: Iterations between checkpoints.
+        checkpoint_every: Iterations between checkpoints; None is 1000, and 50 without data, where each
+            is a trajectory.
     """
 
     config: ModelConfig
@@ -57,7 +58,7 @@ class Job:
     threads: int | None = None
     compare: Path | None = None
     resume: bool = False
-    checkpoint_every: int = 1000
+    checkpoint_every: int | None = None
 
     @property
     def state(self) -> Path:
@@ -72,14 +73,15 @@ class Result:
     Attributes:
         output: The router file.
         iterations: Made in all, those before a resume included.
-        loss: Mean of the last 100 iterations made here; None if there were none.
+        losses: Means of the first and of the last iterations made here, 100 or half of all; None if
+            there were none.
         seconds: Of training, without reading files.
         sweep: What each threshold buys.
     """
 
     output: Path
     iterations: int
-    loss: float | None
+    losses: tuple[float, float] | None
     seconds: float
     sweep: list[SweepRow]
 
@@ -123,7 +125,8 @@ def train_router(job: Job, progress: Progress = _silent) -> Result | None:
         if job.resume:
             trainer.restore(job.state)
         start = time.monotonic()
-        losses = train(trainer, job.state, job.checkpoint_every, _silent if group.rank else progress)
+        every = job.checkpoint_every or (50 if job.recipe.no_data else 1000)
+        losses = train(trainer, job.state, every, _silent if group.rank else progress)
         if group.rank:
             return None
         seconds, router = time.monotonic() - start, trainer.router()
@@ -131,7 +134,7 @@ def train_router(job: Job, progress: Progress = _silent) -> Result | None:
             job.output, router, family=job.config.family, slots=job.config.slots, training=run.facts()
         )
         rows = sweep(router, job.config, other=other)
-        return Result(job.output, trainer.iteration, mean_loss(losses), seconds, rows)
+        return Result(job.output, trainer.iteration, first_and_last(losses), seconds, rows)
 
 
 def _open_other(job: Job) -> Router | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from l2c_export.core.models import ModelConfig, family_defaults
 from l2c_export.errors import L2CError
 from l2c_export.train.shape import Shape, make_shape
 
@@ -12,21 +13,13 @@ LATENT_SCALE = 0.18215
 """What the official models multiply the latents of Stable Diffusion's VAE with."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "dit": {"sampler": "ddim", "iterations": 20000, "error": "mean", "l1": 5e-6, "clamp": 5.0},
-    "uvit": {
-        "sampler": "dpm-solver-2s",
-        "iterations": 40000,
-        "error": "sum",
-        "l1": 0.1,
-        "clamp": None,
-    },
+    "dit": {"iterations": 20000, "error": "mean", "l1": 5e-6, "clamp": 5.0},
+    "uvit": {"iterations": 40000, "error": "sum", "l1": 0.1, "clamp": None},
 }
 """What the recipes of L2C's code have for each model family, with data."""
 
 WITHOUT_DATA: dict[str, Any] = {"iterations": 2000, "lr": 0.01, "clamp": 5.0, "label_dropout": None}
 """What differs without data, where an iteration is a whole trajectory."""
-
-GUIDANCE_SCALES = {"dit": 4.0, "uvit": 1.4}
 
 
 @dataclass(frozen=True)
@@ -120,19 +113,20 @@ class Recipe:
         return make_shape(self.schedule, self.sampler, self.steps)
 
 
-def make_recipe(family: str, **given: Any) -> Recipe:
-    """The recipe of a model family, with what a user gives in place of its defaults.
+def make_recipe(config: ModelConfig, **given: Any) -> Recipe:
+    """The recipe of a model's family, with what a user gives in place of its defaults.
 
     Args:
-        family: ``dit`` or ``uvit``.
+        config: The model.
         given: Fields of :class:`Recipe`; None takes the default.
 
     Raises:
         L2CError: It cannot be trained.
     """
-    values = dict(DEFAULTS[family])
+    family = family_defaults(config)
+    values = DEFAULTS[config.family] | {"sampler": family.sampler}
     if given.get("no_data"):
-        values |= WITHOUT_DATA | {"guidance_scale": GUIDANCE_SCALES[family]}
+        values |= WITHOUT_DATA | {"guidance_scale": family.guidance_scale}
     known = {field.name for field in fields(Recipe)}
     values |= {name: value for name, value in given.items() if name in known and value is not None}
     return Recipe(**values)

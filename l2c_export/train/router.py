@@ -143,6 +143,9 @@ def train(
     return losses
 
 
-def mean_loss(losses: Sequence[float], last: int = 100) -> float | None:
-    """Mean of the last losses; None if there are none."""
-    return float(np.mean(losses[-last:])) if losses else None
+def first_and_last(losses: Sequence[float], count: int = 100) -> tuple[float, float] | None:
+    """Means of the first and of the last losses, up to half of all each; None if there are none."""
+    if not losses:
+        return None
+    count = max(1, min(count, len(losses) // 2))
+    return float(np.mean(losses[:count])), float(np.mean(losses[-count:]))
