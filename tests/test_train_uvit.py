@@ -150,7 +150,6 @@ def test_a_trained_router_becomes_a_bundle(trainer, tmp_path, schedule):
     assert router.routed.tolist() == wanted
     hard = threshold_router(router, CONFIG.slots, SAMPLER, STEPS, 0.6)
     assert hard.removed
-    plan = make_plan(CONFIG, hard, CALLS)
-    request = Request(plan, random_checkpoint(CONFIG, 1), sampler=SAMPLER)
-    bundle = build_bundle(tmp_path / "bundle", request)
+    plan = make_plan(CONFIG, hard, CALLS, sampler=SAMPLER)
+    bundle = build_bundle(tmp_path / "bundle", Request(plan, random_checkpoint(CONFIG, 1)))
     verify(Runner.load(bundle.path), Settings()).check()
