@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,3 +58,27 @@ def default_folder(options: ScheduleOptions, calls: int) -> Path:
 def model_label(options: ScheduleOptions) -> str:
     """The preset's name, or that of the file or folder that describes the model."""
     return options.model or (options.model_config.stem if options.model_config else "model")
+
+
+def build_arguments(
+    options: ScheduleOptions, checkpoint: Path | None, seed: int | None, guidance_scale: float | None
+) -> list[str]:
+    """The command line of such a build, without what is the default."""
+    words = ["l2c-export", "build"]
+    for field in fields(options):
+        value, option = getattr(options, field.name), field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, tuple):
+            words += [f"--{option}", "-".join(map(str, dict.fromkeys(value)))]
+        else:
+            words += [f"--{option}", str(value)]
+    for option, given in (
+        ("--checkpoint", checkpoint),
+        ("--random-weights", seed),
+        ("--guidance-scale", guidance_scale),
+    ):
+        words += [] if given is None else [option, str(given)]
+    return words

@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "l2c_export.cli.run",
     "verify": "l2c_export.cli.verify",
     "bench": "l2c_export.cli.bench",
+    "tune": "l2c_export.cli.tune",
     "inspect": "l2c_export.cli.inspect",
     "train-router": "l2c_export.cli.train_router",
     "demo": "l2c_export.cli.demo",

@@ -45,11 +45,14 @@ def parse_labels(
     return tuple(map(int, words))
 
 
-_SCHEDULE_OPTIONS = (
+_MODEL_OPTIONS = (
     click.option("--model", metavar="NAME", help="A known model: dit-xl-2, dit-b-4-512, uvit-h-2 …"),
     click.option(
         "--model-config", type=FILE, help="A model's configuration: a JSON file, or a diffusers folder."
     ),
+)
+
+_CACHING_OPTIONS = (
     click.option("--router", type=FILE, help="Router file; without it, the model's released one."),
     click.option(
         "--threshold",
@@ -62,6 +65,9 @@ _SCHEDULE_OPTIONS = (
         metavar="fora:N|random:SEED",
         help="A schedule to compare with: compute every Nth call (FORA), or shuffle the router's.",
     ),
+)
+
+_TRAJECTORY_OPTIONS = (
     click.option(
         "--sampler",
         help=f"One of: {', '.join(SAMPLERS)}.  [default: ddim; U-ViT dpm-solver-2s]",
@@ -96,24 +102,37 @@ _SCHEDULE_OPTIONS = (
 )
 
 
-def schedule_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of ``plan`` and ``build``; the command gets them as ``options``."""
+_Command = Callable[..., Any]
 
+
+def schedule_options(command: _Command) -> _Command:
+    """Add the options of ``plan`` and ``build``; the command gets them as ``options``."""
+    return _with_options(command, (*_MODEL_OPTIONS, *_CACHING_OPTIONS, *_TRAJECTORY_OPTIONS))
+
+
+def trajectory_options(command: _Command) -> _Command:
+    """Add those that say nothing of what is cached; the command gets them as ``options``."""
+    return _with_options(command, (*_MODEL_OPTIONS, *_TRAJECTORY_OPTIONS))
+
+
+def _with_options(command: _Command, options: tuple[Callable[[_Command], _Command], ...]) -> _Command:
     @functools.wraps(command)
     def packed(**values: Any) -> Any:
-        given = {field.name: values.pop(field.name) for field in fields(ScheduleOptions)}
+        names = [field.name for field in fields(ScheduleOptions) if field.name in values]
+        given = {name: values.pop(name) for name in names}
         checkpoint = values.get("checkpoint")
         if given["model"] is None and given["model_config"] is None and checkpoint is not None:
             given["model_config"] = (
                 checkpoint if checkpoint.is_dir() else None
             )  # diffusers: has its own
-        options = ScheduleOptions(**given)
-        _check_usage(options)
-        return command(options=options, **values)
+        chosen = ScheduleOptions(**given)
+        _check_usage(chosen)
+        return command(options=chosen, **values)
 
-    for option in reversed(_SCHEDULE_OPTIONS):
-        packed = option(packed)
-    return packed
+    decorated: _Command = packed
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated
 
 
 def _check_usage(options: ScheduleOptions) -> None:

@@ -8,7 +8,6 @@ for a while is slower for both sides of a ratio.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 from l2c_export.core.bundle import WEIGHTS, Manifest, read_bundle
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.evidence.child import Child
-from l2c_export.evidence.machine import machine_json, proportional_set_size, usable_cores
+from l2c_export.evidence.machine import load_average, machine_json, proportional_set_size, usable_cores
 from l2c_export.evidence.program_costs import ProgramCosts, cache_bytes, program_costs
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def bench(
     if peer and find_spec(peer) is None:
         raise UnsupportedError(f"--peer {peer} needs {peer}; pip install 'l2c-export[build]'")
     threads = threads or usable_cores()
-    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    load_before = load_average()
     # First, while nobody else maps the weights: shared pages would count only in part.
     held = (
         measure_memory(path, manifest, backend, batch, threads)
@@ -89,7 +88,7 @@ def bench(
         "guidance": manifest.guidance is not None,
         "repeats": repeats,
         "threads": threads,
-        "load_average_before": load_average,
+        "load_average_before": load_before,
         "speed": speed,
         "peer": _peer(runs) if peer else None,
         "calls": _calls(manifest, costs, runs),

@@ -20,7 +20,7 @@ def bench_table(data: dict[str, Any]) -> str:
         f"{data['bundle']}: batch {data['batch']} {rows}{weights}; median (p10 … p90) of "
         f"{data['repeats']} interleaved repeats",
         f"{machine['cpu']}, {threads}, {machine['backend']}, {machine['system']}",
-        *_busy(data),
+        *busy(data),
         "",
         *_call_lines(data),
         "",
@@ -32,7 +32,8 @@ def bench_table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _busy(data: dict[str, Any]) -> list[str]:
+def busy(data: dict[str, Any]) -> list[str]:
+    """A line of warning, if the machine had other work to do before the measurement."""
     load = data["load_average_before"]
     if load is None or load < 0.5 * data["machine"]["cores"]:
         return []

@@ -44,6 +44,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def load_average() -> float | None:
+    """Of the last minute; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def package_version(name: str) -> str | None:
     """Version of an installed package; None where it is not installed."""
     try:
