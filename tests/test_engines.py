@@ -264,7 +264,7 @@ def test_targets_are_compute_capabilities_in_ascending_order():
 
 
 def request_families(backend, *targets, precision="float16"):
-    return build_module._families(EngineRequest(backend, targets), precision)
+    return build_module.target_families(EngineRequest(backend, targets), precision)
 
 
 @pytest.fixture
@@ -364,3 +364,26 @@ def test_a_mistake_is_one_line_with_its_exit_code(bundle, options, code, message
     result = CliRunner().invoke(cli, ["engines", str(bundle.path), *options])
     assert result.exit_code == code
     assert message in result.stderr
+
+
+def test_a_build_makes_engines_too_and_inspect_shows_them(tiny_files, tmp_path, monkeypatch):
+    folder = tmp_path / "bundle"
+    files = ["--model-config", tiny_files / "model.json", "--router", tiny_files / "router.safetensors"]
+    options = ["--batch", "1-2", "--random-weights", 3, "--backend", "ort-cuda", "-o", folder, "--json"]
+    result = CliRunner().invoke(cli, ["build", *map(str, files + options)])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["engines"] == [FOLDER]
+    shown = CliRunner().invoke(cli, ["inspect", str(folder)])
+    assert f"engines   {FOLDER}: {len(everything(read_bundle(folder)))} engines" in shown.stdout
+    (folder / ENGINES / FOLDER / "plans.xz").write_bytes(b"")
+    broken = CliRunner().invoke(cli, ["inspect", str(folder)])
+    assert broken.exit_code == 1
+    assert "build the engines again" in broken.stderr
+
+
+def test_a_build_for_an_impossible_target_fails_before_anything_is_built(tiny_files, tmp_path):
+    files = ["--model-config", tiny_files / "model.json", "--router", tiny_files / "router.safetensors"]
+    options = ["--random-weights", 3, "--backend", "ort-cuda", "--target", "sm86", "-o", tmp_path / "b"]
+    result = CliRunner().invoke(cli, ["build", *map(str, files + options)])
+    assert result.exit_code == 4
+    assert not (tmp_path / "b").exists()

@@ -10,7 +10,14 @@ import pytest
 from click.testing import CliRunner
 
 from l2c_export.cli import cli
-from l2c_export.core.profile import Profile, profile_folder, profile_names, read_profile
+from l2c_export.core.profile import (
+    Profile,
+    parse_bytes,
+    profile_folder,
+    profile_names,
+    read_profile,
+)
+from l2c_export.engines.request import parse_targets
 from l2c_export.errors import L2CError, UnsupportedError
 
 
@@ -45,7 +52,9 @@ def plan(tiny_files):
 
 
 def test_every_shipped_profile_can_be_read_and_says_what_it_is():
-    assert {"cpu", "cpu-batch"} <= set(profile_names())
+    names = {"cpu", "cpu-batch", "cuda", "rtx-desktop", "laptop-8gb", "l4", "a10", "h100"}
+    names |= {"jetson-orin", "jetson-thor"}
+    assert names <= set(profile_names())
     for name in profile_names():
         profile = read_profile(name)
         assert re.fullmatch(r"[^\n]{10,80}", profile.description)
@@ -84,6 +93,46 @@ def test_a_profile_that_is_none_is_refused_with_its_path(profile, text, message)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", profile_names())
+def test_every_shipped_profile_is_taken_by_the_commands_that_it_is_for(name):
+    profile = read_profile(name)
+    if profile.target:
+        assert ",".join(parse_targets(profile.target)) == profile.target
+    code = CliRunner().invoke(
+        cli, ["plan", "--model", "dit-s-8", "--uncached", "--json", "--profile", name]
+    )
+    assert code.exit_code == 0, code.stderr
+    # a bundle that is not there is found out after the options have been read
+    for command in ("engines", "build"):
+        where = ["nowhere"] if command == "engines" else ["--model", "dit-s-8", "--uncached"]
+        result = CliRunner().invoke(cli, [command, *where, "--profile", name, "--dry-run"])
+        assert result.exit_code != 2, result.stderr
+
+
+def test_amounts_of_memory_are_in_powers_of_1024():
+    assert [parse_bytes(text) for text in ("8G", "1.5 GiB", "512m", "7")] == [
+        8 << 30,
+        3 << 29,
+        512 << 20,
+        7,
+    ]
+    for text in ("", "G", "8T", "-1", "8 G B", "lots"):
+        with pytest.raises(L2CError, match="is not an amount of memory such as 8G"):
+            parse_bytes(text)
+
+
+def test_what_engines_take_from_a_profile_is_read_and_checked(profile):
+    read = read_profile(
+        profile('target = "sm87"\nmax_vram = "4G"\ntf32 = true\noptimization_level = 3')
+    )
+    assert (read.target, read.max_vram, read.tf32, read.optimization_level) == ("sm87", "4G", True, 3)
+    for text in ('max_vram = "lots"', 'workspace = "1 T"'):
+        with pytest.raises(L2CError, match=r"target.toml.* is not an amount of memory"):
+            read_profile(profile(text))
+    with pytest.raises(L2CError, match="tf32 is 1; it must be true or false"):
+        read_profile(profile("tf32 = 1"))
+
+
 def test_a_profile_without_a_description_is_refused(tmp_path):
     (tmp_path / "p.toml").write_text('backend = "ort"')
     with pytest.raises(L2CError, match=r"p.toml lacks a description"):
@@ -100,7 +149,7 @@ def test_a_profile_that_is_not_text_is_refused(tmp_path):
 def test_an_unknown_profile_is_refused_with_those_there_are(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        L2CError, match=rf"profile '{re.escape(name)}' is neither .* one of: cpu, cpu-batch"
+        L2CError, match=rf"profile '{re.escape(name)}' is neither .* one of: a10, cpu, cpu-batch"
     ):
         read_profile(name)
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": "l2c_export.cli.bench",
     "tune": "l2c_export.cli.tune",
     "inspect": "l2c_export.cli.inspect",
+    "doctor": "l2c_export.cli.doctor",
     "train-router": "l2c_export.cli.train_router",
     "demo": "l2c_export.cli.demo",
 }

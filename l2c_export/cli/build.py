@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,11 +16,16 @@ from l2c_export.build.build_options import (
     weights_from_options,
 )
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
+from l2c_export.cli.engine_options import ENGINE_BACKENDS, ENGINE_KEYS, engine_options
+from l2c_export.cli.engines import plan_engines, run_build
 from l2c_export.cli.options import FILE, schedule_options
 from l2c_export.cli.profile_option import profile_option
 from l2c_export.cli.progress import show_progress
 from l2c_export.core.bundle import WEIGHTS, Bundle
 from l2c_export.core.plan_report import plan_json, plan_table
+
+if TYPE_CHECKING:
+    from l2c_export.engines.request import EngineRequest
 
 
 @click.command()
@@ -35,9 +41,16 @@ from l2c_export.core.plan_report import plan_json, plan_table
     help="The scale where a run names none: uncond + S * (cond - uncond).  [default: 4.0; U-ViT 1.4, "
     "which its own code calls 0.4]",
 )
-@profile_option("backend", "batch", "max_graphs", "precision")
+@engine_options
+@profile_option("backend", "batch", "max_graphs", "precision", *ENGINE_KEYS)
 @click.option("-o", "--output", type=FILE, help="The bundle's folder.  [default: MODEL-SAMPLER-STEPS]")
-@click.option("--backend", type=click.Choice(["ort"]), default="ort", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["ort", *ENGINE_BACKENDS]),
+    default="ort",
+    show_default=True,
+    help="Also build the engines of one of the others, as l2c-export engines does.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
 def command(
@@ -47,6 +60,7 @@ def command(
     guidance_scale: float | None,
     output: Path | None,
     backend: str,
+    engines: Callable[[str], EngineRequest],
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -63,6 +77,11 @@ def command(
     start = time.monotonic()
     from l2c_export.build.build import build_bundle
 
+    if backend in ENGINE_BACKENDS:
+        from l2c_export.engines.build import target_families
+
+        target_families(engines(backend), plan.precision.slots)  # rather now than after the build
+
     folder = output or default_folder(options, len(plan.calls))
     weights = weights_from_options(options, checkpoint, random_weights)
     if random_weights is not None:
@@ -73,7 +92,13 @@ def command(
     with show_progress(not as_json, keep=True) as progress:
         bundle = build_bundle(folder, request, progress)
     facts = _facts(bundle, time.monotonic() - start)
-    click.echo(json.dumps(facts) if as_json else _summary(facts))
+    if not as_json:
+        click.echo(_summary(facts))
+    if backend in ENGINE_BACKENDS:
+        made = run_build(plan_engines(bundle, engines(backend), shown=not as_json), shown=not as_json)
+        facts["engines"] = [each.folder for each in made]
+    if as_json:
+        click.echo(json.dumps(facts))
 
 
 def _facts(bundle: Bundle, seconds: float) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from l2c_export.core.bundle import Bundle, read_bundle
 from l2c_export.core.engines import find_engines
 
 if TYPE_CHECKING:
+    from l2c_export.core.engines import EngineSet
+    from l2c_export.engines.build import EngineBuild
     from l2c_export.engines.request import EngineRequest
 
 
@@ -50,24 +52,35 @@ def command(
             text = [engines_text(opened, made) for made in found]
             click.echo("\n\n".join(text) or f"{bundle} has no engines")
         return
-    build_engines(opened, engines(backend), dry_run=dry_run, as_json=as_json)
-
-
-def build_engines(
-    bundle: Bundle, request: EngineRequest, *, dry_run: bool = False, as_json: bool = False
-) -> None:
-    """Show the price, build, and show what was built."""
-    from l2c_export.engines.build import EngineBuild
-    from l2c_export.engines.report import engines_json, engines_text, plan_json, plan_text
-
-    build = EngineBuild(bundle, request)
-    if dry_run or not as_json:
-        click.echo(json.dumps(plan_json(build)) if as_json else plan_text(build))
+    build = plan_engines(opened, engines(backend), shown=not as_json or dry_run, as_json=as_json)
     if dry_run:
         return
-    with show_progress(not as_json, keep=True) as progress:
-        made = build.run(progress)
+    made = run_build(build, shown=not as_json)
     if as_json:
-        click.echo(json.dumps(engines_json(bundle, made)))
-    else:
-        click.echo("\n\n".join(engines_text(bundle, each) for each in made))
+        from l2c_export.engines.report import engines_json
+
+        click.echo(json.dumps(engines_json(opened, made)))
+
+
+def plan_engines(
+    bundle: Bundle, request: EngineRequest, *, shown: bool, as_json: bool = False
+) -> EngineBuild:
+    """Check a request, and show what it would build and the price."""
+    from l2c_export.engines.build import EngineBuild
+    from l2c_export.engines.report import plan_json, plan_text
+
+    build = EngineBuild(bundle, request)
+    if shown:
+        click.echo(json.dumps(plan_json(build)) if as_json else plan_text(build))
+    return build
+
+
+def run_build(build: EngineBuild, *, shown: bool) -> tuple[EngineSet, ...]:
+    """Build, with a clock, and show what was built."""
+    from l2c_export.engines.report import engines_text
+
+    with show_progress(shown, keep=True) as progress:
+        made = build.run(progress)
+    if shown:
+        click.echo("\n\n".join(engines_text(build.bundle, each) for each in made))
+    return made

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from l2c_export.cli.options import FILE
 from l2c_export.core.bundle import read_bundle
+from l2c_export.core.engines import find_engines, unpack_plans
+from l2c_export.core.plan_report import size
 from l2c_export.evidence.bundle_report import bundle_json, bundle_table
 
 
@@ -21,7 +24,19 @@ def command(bundle: Path, check: bool, as_json: bool) -> None:
     opened = read_bundle(bundle)
     if check:
         opened.check_files()
+    found = find_engines(opened)
+    if check:
+        for folder, engines in found:
+            for _ in unpack_plans(folder, engines):
+                pass  # each is compared with its digest on the way
     if as_json:
-        click.echo(json.dumps(bundle_json(opened, check), ensure_ascii=False))
+        held = {"engines": [asdict(engines) for _, engines in found]}
+        click.echo(json.dumps(bundle_json(opened, check) | held, ensure_ascii=False))
     else:
         click.echo(bundle_table(opened, check))
+        for _, engines in found:
+            click.echo(
+                f"\nengines   {engines.folder}: {len(engines.engines)} engines, "
+                f"{size(engines.plan_bytes)} of plans in {size(engines.archive[1].bytes)}, "
+                f"{size(engines.scratch)} of scratch (see: l2c-export engines {bundle} --report)"
+            )

@@ -58,7 +58,7 @@ class EngineBuild:
         self.check_memory()
         ort = request.backend == "ort"
         self.version = f"opset{OPSET}" if ort else builder_version(request.backend)
-        self.families = _families(request, manifest.slots.dtype)
+        self.families = target_families(request, manifest.slots.dtype)
 
     def check_memory(self, scratch: int = 0, code: int = 0) -> None:
         """Hold what a session needs against the limit.
@@ -106,8 +106,8 @@ class EngineBuild:
         return tuple(made)
 
 
-def _families(request: EngineRequest, precision: str) -> tuple[tuple[str, ...], ...]:
-    """Targets that share engines.
+def target_families(request: EngineRequest, precision: str) -> tuple[tuple[str, ...], ...]:
+    """Targets that share engines, on this machine and for slots of this dtype.
 
     TensorRT-RTX fuses no bias or activation into products for Turing, nor for a list with Turing in it,
     so Turing gets engines of its own.

@@ -1,0 +1,173 @@
+"""What this machine can build and run, what is missing, and the line that installs it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+from dataclasses import dataclass, field
+from typing import Any
+
+from l2c_export.core.bundle import Bundle
+from l2c_export.core.engines import EngineSet, find_engines, misfit
+from l2c_export.core.plan_report import size
+from l2c_export.engines.gpus import Gpu, find_gpus
+from l2c_export.engines.tensorrt_api import builder_targets, builder_version
+from l2c_export.errors import L2CError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a machine can or cannot do.
+
+    Attributes:
+        what: The thing, in a few words.
+        able: Whether it can.
+        detail: With what, or why not and what would help.
+    """
+
+    what: str
+    able: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings on a machine, and on a bundle if there is one.
+
+    Attributes:
+        machine: The machine in a line.
+        gpus: Its GPUs.
+        findings: In the order of a deployment: building bundles, engines, running.
+        engines: Of the bundle's engines: whether they run here.
+    """
+
+    machine: str
+    gpus: tuple[Gpu, ...]
+    findings: tuple[Finding, ...]
+    engines: tuple[Finding, ...] = field(default=())
+
+    @property
+    def healthy(self) -> bool:
+        """Whether this machine can run bundles, and the bundle's engines if it has any."""
+        runs = any(finding.able for finding in self.findings if finding.what.startswith("run"))
+        return runs and (not self.engines or any(finding.able for finding in self.engines))
+
+
+def diagnose(bundle: Bundle | None = None) -> Diagnosis:
+    """Look at this machine; nothing heavy is imported.
+
+    Args:
+        bundle: Whose engines are to be judged too.
+    """
+    try:
+        gpus, no_gpu = find_gpus(), ""
+    except UnsupportedError as error:
+        gpus, no_gpu = (), str(error)
+    found = find_engines(bundle) if bundle else []
+    return Diagnosis(
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        gpus,
+        (
+            _packages("build bundles", ("torch", "onnx", "onnxscript", "onnx_ir"), "build"),
+            _builder("rtx", gpus, no_gpu),
+            _builder("trt", gpus, no_gpu),
+            _onnxruntime("CPUExecutionProvider", "run on the CPU", "ort"),
+            _on_gpu(_onnxruntime("CUDAExecutionProvider", "run with ort-cuda", "ort"), no_gpu),
+            _on_gpu(_library("rtx"), no_gpu),
+            _on_gpu(_library("trt"), no_gpu),
+        ),
+        tuple(_judged(bundle, made, gpus) for _, made in found),
+    )
+
+
+def diagnosis_text(diagnosis: Diagnosis) -> str:
+    """A diagnosis for a terminal."""
+    lines = [diagnosis.machine]
+    for i, gpu in enumerate(diagnosis.gpus):
+        lines.append(
+            f"GPU {i}: {gpu.name}, {gpu.target}, {size(gpu.free)} of {size(gpu.total)} free, "
+            f"driver for CUDA {gpu.driver}"
+        )
+    if not diagnosis.gpus:
+        lines.append("no GPU")
+    everything = (*diagnosis.findings, *diagnosis.engines)
+    width = max(len(finding.what) for finding in everything)
+    lines += [f"{'yes' if f.able else 'no':3}  {f.what:{width}}  {f.detail}" for f in everything]
+    return "\n".join(lines)
+
+
+def _packages(what: str, names: tuple[str, ...], extra: str) -> Finding:
+    versions = {name: _version(name) for name in names}
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        need = f"lacks {', '.join(missing)}; install with: pip install 'l2c-export[{extra}]'"
+        return Finding(what, False, need)
+    return Finding(what, True, ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _builder(backend: str, gpus: tuple[Gpu, ...], no_gpu: str) -> Finding:
+    what = f"build engines for {backend}"
+    try:
+        version = builder_version(backend)
+    except UnsupportedError as error:
+        return Finding(what, False, str(error))
+    if targets := builder_targets(backend):
+        return Finding(what, True, f"{version}, on any machine, for {', '.join(targets)}")
+    if not gpus:
+        return Finding(what, False, f"{version} builds on the GPU that runs the engines: {no_gpu}")
+    return Finding(what, True, f"{version}, for {gpus[0].target}")
+
+
+def _onnxruntime(provider: str, what: str, extra: str) -> Finding:
+    try:
+        ort: Any = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        need = f"{error}; install with: pip install 'l2c-export[{extra}]'"
+        return Finding(what, False, need)
+    providers = ort.get_available_providers()
+    if provider not in providers:
+        return Finding(
+            what,
+            False,
+            f"onnxruntime {ort.__version__} has no {provider}; install it with: "
+            "pip uninstall onnxruntime; pip install onnxruntime-gpu",
+        )
+    return Finding(what, True, f"onnxruntime {ort.__version__}")
+
+
+def _library(backend: str) -> Finding:
+    what = f"run with {backend}"
+    try:
+        return Finding(what, True, builder_version(backend))
+    except UnsupportedError as error:
+        return Finding(what, False, str(error))
+
+
+def _on_gpu(finding: Finding, no_gpu: str) -> Finding:
+    """A finding that also needs a GPU."""
+    return Finding(finding.what, False, no_gpu) if finding.able and no_gpu else finding
+
+
+def _judged(bundle: Bundle | None, made: EngineSet, gpus: tuple[Gpu, ...]) -> Finding:
+    """Whether a set of engines runs here."""
+    what = f"engines {made.folder}"
+    try:
+        if bundle is not None:
+            made.check_bundle(bundle)
+        version = made.version if made.backend == "ort" else builder_version(made.backend)
+    except L2CError as error:
+        return Finding(what, False, str(error))
+    if not gpus and made.backend != "ort":
+        return Finding(what, False, "there is no GPU here")
+    reasons = [misfit(made, made.backend, version, gpu.capability) for gpu in gpus] or [None]
+    if made.backend == "ort" or None in reasons:
+        return Finding(what, True, f"{size(made.plan_bytes)} of plans, {size(made.scratch)} of scratch")
+    return Finding(what, False, str(reasons[0]))
