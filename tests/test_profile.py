@@ -63,7 +63,7 @@ def test_every_shipped_profile_can_be_read_and_says_what_it_is():
 
 @pytest.mark.parametrize("name", ["build", "plan", "run", "verify", "bench"])
 def test_every_shipped_profile_is_offered_by_the_commands(name):
-    shown = " ".join(CliRunner().invoke(cli, [name, "-h"]).stdout.split())
+    shown = " ".join(CliRunner().invoke(cli, [name, "-h"]).stdout.split()).replace("- ", "-")
     assert f"Defaults for a deployment target: {', '.join(profile_names())}" in shown
 
 

@@ -16,46 +16,60 @@ from l2c_export.core.tensorrt_module import tensorrt_module
 from l2c_export.errors import UnsupportedError
 
 PACKAGE = Path(l2c_export.__file__).parent
-USERS = [PACKAGE / "engines" / "tensorrt_api.py", PACKAGE / "runtime" / "device" / "tensorrt.py"]
-"""The files that talk to TensorRT."""
-
-CLASSES = {
-    "builder": "Builder",
-    "network_definition": "INetworkDefinition",
-    "parser": "OnnxParser",
-    "config": "IBuilderConfig",
-    "profile": "IOptimizationProfile",
-    "runtime": "Runtime",
-    "engine": "ICudaEngine",
-    "context": "IExecutionContext",
+USERS = {
+    PACKAGE / "engines" / "tensorrt_api.py": {
+        "builder": "Builder",
+        "network_definition": "INetworkDefinition",
+        "parser": "OnnxParser",
+        "config": "IBuilderConfig",
+        "profile": "IOptimizationProfile",
+    },
+    PACKAGE / "runtime" / "device" / "tensorrt.py": {
+        "_runtime": "Runtime",
+        "config": "IRuntimeConfig",
+        "engine": "ICudaEngine",
+        "_engine": "ICudaEngine",
+        "cache": "IRuntimeCache",
+    },
 }
-"""In those files a variable of this name holds an object of this class."""
+"""The files that talk to TensorRT, and of which class the objects are that a variable holds there."""
 
 OPTIONAL = {
     "BuilderFlag.REQUIRE_USER_ALLOCATION",
+    "ComputeCapability",
+    "CudaGraphStrategy",
+    "CudaGraphStrategy.DISABLED",
+    "DynamicShapesKernelSpecializationStrategy",
+    "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "EngineInvalidityDiagnostics",
+    "EngineValidity",
+    "EngineValidity.INVALID",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
-    "ComputeCapability",
+    "IRuntimeCache.deserialize",
+    "IRuntimeConfig.create_runtime_cache",
+    "IRuntimeConfig.cuda_graph_strategy",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+    "IRuntimeConfig.set_runtime_cache",
 }
 """Of RTX alone; used behind a look for it."""
 
 
-def used(path: Path) -> set[str]:
+def used(path: Path, classes: dict[str, str]) -> set[str]:
     """``Class.attribute`` and ``Enum.MEMBER`` that a file touches by name."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.Attribute):
-            continue
-        names, value = [node.attr], node.value
-        while isinstance(value, ast.Attribute):
-            names.insert(0, value.attr)
-            value = value.value
-        if not isinstance(value, ast.Name):
-            continue
-        if value.id in CLASSES:
-            found.add(f"{CLASSES[value.id]}.{names[0]}")
-        elif value.id == "trt":
-            found.add(".".join(names[:2]))
+        names: list[str] = []
+        while isinstance(node, ast.Attribute):
+            names.insert(0, node.attr)
+            node = node.value
+        if isinstance(node, ast.Name):
+            names.insert(0, node.id)
+        names = names[1:] if names[:1] == ["self"] else names
+        if len(names) > 1 and names[0] in classes:
+            found.add(f"{classes[names[0]]}.{names[1]}")
+        elif len(names) > 1 and names[0] in ("trt", "_trt"):
+            found.add(".".join(names[1:3]))
     return found - {"__name__", "__version__"}
 
 
@@ -83,7 +97,7 @@ print(json.dumps([name for name in json.loads(sys.argv[1]) if not there(name)]))
 
 
 def surface() -> set[str]:
-    return {name for path in USERS if path.exists() for name in used(path)}
+    return {name for path, classes in USERS.items() for name in used(path, classes)}
 
 
 def test_the_surface_is_read_from_the_code():

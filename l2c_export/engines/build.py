@@ -50,7 +50,7 @@ class EngineBuild:
         """
         manifest = bundle.manifest
         self.bundle, self.request = bundle, request
-        graphs = (CONDITIONING, *manifest.step_graphs())
+        graphs = dict.fromkeys((CONDITIONING, *manifest.step_graphs(), manifest.uncached))
         bundle.check_files({WEIGHTS, *(manifest.graphs[graph].file for graph in graphs)})
         self.networks = {graph: engine_network(bundle, graph, request.constant) for graph in graphs}
         self.networks[UPDATE] = update_network(manifest)
