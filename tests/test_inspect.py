@@ -171,7 +171,7 @@ def test_progress_is_told_for_each_call(bundle, tmp_path):
         (["--noise", __file__], 1, "is not a .npy file of numbers"),
         (["--guidance-scale", "nan"], 1, "guidance_scale is nan"),
         (["--guidance-scale", "1e300"], 1, "guidance_scale is 1e+300"),
-        (["--backend", "cuda"], 2, "'cuda' is not 'ort'"),
+        (["--backend", "cuda"], 2, "'cuda' is not one of 'ort'"),
         (["--threads", "0"], 2, "0 is not in the range"),
         (["-o", "samples.jpg"], 1, "give a name that ends in .npz, .npy, .png"),
         (["-o", f"{'x' * 300}.npz"], 1, "File name too long"),

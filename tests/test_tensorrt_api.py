@@ -46,10 +46,12 @@ OPTIONAL = {
     "EngineValidity.INVALID",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
+    "ICudaEngine.create_runtime_config",
     "IRuntimeCache.deserialize",
     "IRuntimeConfig.create_runtime_cache",
     "IRuntimeConfig.cuda_graph_strategy",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+    "IRuntimeConfig.set_execution_context_allocation_strategy",
     "IRuntimeConfig.set_runtime_cache",
 }
 """Of RTX alone; used behind a look for it."""
