@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from l2c_export.core.models import ModelConfig, family_defaults
@@ -64,9 +64,18 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
+        self._check_numbers()
+        if self.error not in ("mean", "sum"):
+            raise L2CError(f"--error {self.error!r} is unknown; use mean or sum")
         shape = self.shape
+        if self.no_data:
+            self._check_without_data()
+        else:
+            self._check_with_data(shape)
+
+    def _check_numbers(self) -> None:
         limits = {
-            "steps": (2, 1000),
+            "steps": (1, 1000),
             "iterations": (1, 10**9),
             "batch": (1, 10**6),
             "lr": (0, 10),
@@ -82,14 +91,14 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise L2CError(f"--{name.replace('_', '-')} {value} is outside {low} … {high}")
-        if self.error not in ("mean", "sum"):
-            raise L2CError(f"--error {self.error!r} is unknown; use mean or sum")
-        if self.no_data:
-            if self.guidance_scale is None:
-                raise L2CError("training without data needs a guidance scale; 1 is the bare model")
-            if self.label_dropout is not None:
-                raise L2CError("--label-dropout is for training with data; --no-data drops no labels")
-            return
+
+    def _check_without_data(self) -> None:
+        if self.guidance_scale is None:
+            raise L2CError("training without data needs a guidance scale; 1 is the bare model")
+        if self.label_dropout is not None:
+            raise L2CError("--label-dropout is for training with data; --no-data drops no labels")
+
+    def _check_with_data(self, shape: Shape) -> None:
         for name in ("guidance_scale", "reweigh_every"):
             if getattr(self, name) is not None:
                 raise L2CError(
@@ -127,6 +136,4 @@ def make_recipe(config: ModelConfig, **given: Any) -> Recipe:
     values = DEFAULTS[config.family] | {"sampler": family.sampler}
     if given.get("no_data"):
         values |= WITHOUT_DATA | {"guidance_scale": family.guidance_scale}
-    known = {field.name for field in fields(Recipe)}
-    values |= {name: value for name, value in given.items() if name in known and value is not None}
-    return Recipe(**values)
+    return Recipe(**values | {name: value for name, value in given.items() if value is not None})

@@ -2,7 +2,7 @@
 
 An iteration draws one routed call. Data are noised to where the calls before it start; those compute
 everything, by one step of the solver without guidance. At the routed call teacher and student see the
-same latent.
+same latent. A U-ViT is told the solver's own times; the authors' training rounds them to whole steps.
 """
 
 from __future__ import annotations

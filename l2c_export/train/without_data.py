@@ -53,12 +53,12 @@ class WithoutData:
         latents, cache = walk.noise, Branches()
         for i in range(len(self.calls)):
             row = self.rows.get(i)
-            with torch.no_grad():
-                output, branches = walk.output(i, latents)
             if row is None:
-                cache = branches
+                with torch.no_grad():
+                    output, cache = walk.output(i, latents)
             else:
-                teacher = output
+                with torch.no_grad():
+                    teacher = walk.output(i, latents)[0]
                 student, branches = walk.output(i, latents, cache, weights(row))
                 yield row, squared_error(student, teacher, self.recipe.error)
                 output, cache = student.detach(), {name: b.detach() for name, b in branches.items()}
