@@ -99,13 +99,12 @@ def test_a_graph_computes_its_matrix_products_in_half_and_the_rest_in_float32(bu
     assert made.manifest.slots.dtype == name
 
 
-def test_the_bundle_passes_at_its_tolerance_and_not_at_float32s(bundle):
-    for name in ("float16",):
-        runner = Runner.load(bundle(name).path, threads=1)
-        report = verify(runner, Settings())
-        assert report.failure is None
-        assert report.tolerance == TOLERANCES[name]
-        assert TOLERANCES["float32"] < report.worst < TOLERANCES[name]
+@pytest.mark.parametrize("name", ["float16", "int8"])
+def test_the_bundle_passes_at_its_tolerance_and_not_at_float32s(bundle, name):
+    report = verify(Runner.load(bundle(name).path, threads=1), Settings())
+    assert report.failure is None
+    assert report.tolerance == TOLERANCES[name]
+    assert TOLERANCES["float32"] < report.worst < TOLERANCES[name]
 
 
 def test_bfloat16_does_not_run_on_a_cpu_and_says_so_in_a_line(bundle):

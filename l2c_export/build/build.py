@@ -174,7 +174,7 @@ class _Build:
         self._make("reports/schedule.png", key_of(report, "picture"), self._draw)
         manifest = self._manifest(graphs)
         if not self._is(manifest):
-            for verdict in ("verify", "bench"):  # on another bundle
+            for verdict in ("verify", "bench", "against"):  # on another bundle
                 (self.output / "reports" / f"{verdict}.json").unlink(missing_ok=True)
             write_manifest(self.output, manifest)
         self._sweep()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from l2c_export.build.models import build_model, guide
 from l2c_export.build.precision import cast_model
+from l2c_export.build.quantize import quantize_graph
 from l2c_export.build.weights import WeightsLayout
 from l2c_export.core.models import ModelConfig
 from l2c_export.core.precision import FLOAT32, Precision
@@ -75,6 +76,7 @@ def export_full(
     with _quiet():
         onnxscript.optimizer.optimize(model)
     _reference_weights(model.graph, layout)
+    quantize_graph(model.graph, config, layout.tensors)
     _clean(model, {"rows": 2, "batch": 1} if guidance else {"batch": 1}, batch)
     return model
 
@@ -154,14 +156,19 @@ def _reference_weights(graph: ir.Graph, layout: WeightsLayout) -> None:
     for name, value in list(graph.initializers.items()):
         if not name.startswith("model."):
             continue
-        shape = layout.config.parameters()[name.removeprefix("model.")]
+        shape = layout.tensors[name.removeprefix("model.")].shape
         if any(use.node.op_type == "Gemm" and use.idx == 2 for use in value.uses()):
             shape = (1, *shape)
         graph.initializers.pop(name)
         value.name = name.removeprefix("model.")
         value.const_value = layout.reference(value.name, shape)
-        value.shape = ir.Shape(shape)
+        value.shape, value.dtype = ir.Shape(shape), value.const_value.dtype
         graph.initializers[value.name] = value
+    for name, stored in layout.tensors.items():
+        if name != stored.parameter:
+            scale = ir.Value(name=name, const_value=layout.reference(name, stored.shape))
+            scale.shape, scale.dtype = ir.Shape(stored.shape), ir.DataType.FLOAT
+            graph.register_initializer(scale)
 
 
 def _clean(model: ir.Model, axes: dict[str, int], batch: tuple[int, int]) -> None:

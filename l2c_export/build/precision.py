@@ -7,13 +7,14 @@ and the projection of a long skip, is float32 again, and so are residual stream 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from l2c_export.core.precision import Parameters, Precision, in_block_linear
+from l2c_export.build.quantize import dequantize, quantize
+from l2c_export.core.precision import Parameters, Precision, in_block_linear, scale_name, stored_tensors
 from l2c_export.errors import L2CError
 
 _BRANCHES = {"attn", "mlp"}
@@ -47,6 +48,9 @@ def encode(name: str, tensor: Tensor, dtype: str) -> Iterator[Tensor]:
     Raises:
         L2CError: A value is beyond the dtype.
     """
+    if dtype == "int8":
+        yield from quantize(tensor)
+        return
     stored = tensor.to(getattr(torch, dtype))
     if dtype == "float16" and not torch.isfinite(stored).all():
         raise L2CError(
@@ -54,3 +58,25 @@ def encode(name: str, tensor: Tensor, dtype: str) -> Iterator[Tensor]:
             "build with --precision bfloat16"
         )
     yield stored
+
+
+def decode(
+    config: Parameters, precision: Precision, read: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """The float32 parameters that a weights file stands for.
+
+    Args:
+        config: The model.
+        precision: In which it is stored.
+        read: Takes the name of a tensor in the file.
+
+    Returns:
+        Parameter name -> tensor; those stored in float32 are what ``read`` gave.
+    """
+    stored = stored_tensors(config, precision)
+    return {
+        name: dequantize(read(name), read(scale_name(name)))
+        if stored[name].dtype == "int8"
+        else read(name).float()
+        for name in config.parameters()
+    }

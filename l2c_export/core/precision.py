@@ -64,6 +64,7 @@ PRECISIONS = {
         Precision(
             "bfloat16", "bfloat16", "bfloat16", "the blocks' linear layers and attention in bfloat16"
         ),
+        Precision("int8", "int8", "float32", "the blocks' linear layers in int8, for CPUs"),
     )
 }
 """What ``build --precision`` makes, by name."""
@@ -108,9 +109,21 @@ def stored_tensors(config: Parameters, precision: Precision) -> dict[str, Stored
     shapes = config.parameters()
     stored: dict[str, StoredTensor] = {}
     for name, shape in shapes.items():
-        dtype = precision.weights if in_block_linear(name, shapes) else "float32"
-        stored[name] = StoredTensor(name, dtype, shape)
+        if not in_block_linear(name, shapes):
+            stored[name] = StoredTensor(name, "float32", shape)
+        elif precision.weights != "int8":
+            stored[name] = StoredTensor(name, precision.weights, shape)
+        elif len(shape) == 1:
+            stored[name] = StoredTensor(name, "float32", shape)
+        else:
+            stored[name] = StoredTensor(name, "int8", shape[::-1])
+            stored[scale_name(name)] = StoredTensor(name, "float32", shape[:1])
     return stored
+
+
+def scale_name(weight: str) -> str:
+    """Name of the (out,) scales of an int8 weight, which is stored as (in, out)."""
+    return f"{weight}_scale"
 
 
 def in_block_linear(name: str, shapes: Mapping[str, Shape]) -> bool:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 PEERS = ("torch",)
 
-_PAUSE = 0.05  # seconds before each run, for the threads of the one before to stop spinning
+PAUSE = 0.05
+"""Seconds before each run, for the threads of the one before to stop spinning."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is measured, how many repeats are done and how many there are."""
@@ -144,7 +145,7 @@ def _measure(
             runs.uncached.append(total)
             runs.uncached_calls.append(calls)
             if other:
-                time.sleep(_PAUSE)
+                time.sleep(PAUSE)
                 runs.peer.append(other.ask()["seconds"])
     return runner.backend.version, runs
 
@@ -157,7 +158,7 @@ def _trajectory(
     session: AnySession, labels: Sequence[int], cached: bool, calls: int | None = None
 ) -> tuple[float, list[float]]:
     """Seconds of a trajectory and of each of its calls; the first call has the conditioning in it."""
-    time.sleep(_PAUSE)
+    time.sleep(PAUSE)
     marks = [time.perf_counter()]
     session.start(labels, cached=cached, seed=0)
     for result in session:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from l2c_export.build.checkpoint import open_checkpoint
 from l2c_export.build.models import Branches, build_model, guide
+from l2c_export.build.precision import decode
 from l2c_export.core.bundle import WEIGHTS, Bundle
 from l2c_export.core.models import ModelConfig, config_from_json
+from l2c_export.core.precision import precision_of
 from l2c_export.core.sampler_call import Step
 
 
@@ -126,7 +128,7 @@ def bundle_reference(bundle: Bundle) -> Reference:
     manifest = bundle.manifest
     config = config_from_json(manifest.model, f"{bundle.path}: model")
     with safetensors.safe_open(bundle.path / WEIGHTS, framework="pt") as file:
-        state = {name: file.get_tensor(name).float() for name in config.parameters()}
+        state = decode(config, precision_of(manifest.precision), file.get_tensor)
     return Reference(config, state, guidance=manifest.guidance is not None)
 
 

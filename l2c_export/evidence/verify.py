@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from l2c_export.evidence.reference import Reference
     from l2c_export.runtime import Runner
 
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2}
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 2e-1}
 """Largest error allowed, by the precision of the bundle, unless the user says otherwise."""
 
 Progress = Callable[[str, int, int], None]

@@ -1,0 +1,93 @@
+"""Linear layers with int8 weights: the tensors that are stored, and the graphs that use them.
+
+Weights are symmetric, with one scale for each output; stored as (in, out), the layout in which int8
+matrix products take them. Of the layers that meet x the activations are quantised as well, asymmetric
+to uint8 with one scale for the tensor, chosen from the tensor itself at run time
+(``DynamicQuantizeLinear``). That needs no calibration, and ONNX Runtime makes one kernel of it. The
+modulation's layers are wide and meet one row a call: their weights are widened instead, and what
+they compute is float32.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from l2c_export.core.models import ModelConfig
+from l2c_export.core.precision import StoredTensor, scale_name
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight to 8 bits.
+
+    Args:
+        weight: (out, in) float32.
+
+    Returns:
+        (in, out) int8 within ±127, and the (out,) float32 scale of each output.
+    """
+    scale = weight.abs().amax(dim=1) / 127
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (weight / scale[:, None]).round_().to(torch.int8).T.contiguous(), scale
+
+
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """(in, out) int8 and (out,) scales to (out, in) float32."""
+    return (weight.float() * scale).T.contiguous()
+
+
+def quantize_graph(graph: ir.Graph, config: ModelConfig, tensors: dict[str, StoredTensor]) -> None:
+    """Rewrite every Gemm whose weight is stored in int8; outputs keep their names.
+
+    Args:
+        graph: Initializers are named and typed as they are stored, scales among them.
+        config: Says which layers do not meet x.
+        tensors: What the weights file holds.
+    """
+    for node in list(graph):
+        if node.op_type != "Gemm":
+            continue
+        _, weight, *_ = node.inputs
+        name = weight.name if weight is not None else None
+        if name not in tensors or tensors[name].dtype != "int8":
+            continue
+        scale = graph.initializers[scale_name(name)]
+        if config.parameter_owner(name) == "conditioning":
+            made = _weight_only(node, scale)
+        else:
+            made = _dynamic(node, scale)
+        out, last = node.outputs[0], made[-1].outputs[0]
+        last.name, last.shape, last.type = out.name, out.shape, out.type
+        graph.insert_before(node, made)
+        ir.convenience.replace_all_uses_with(out, last, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def _weight_only(node: ir.Node, scale: ir.Value) -> list[ir.Node]:
+    x, weight, *bias = node.inputs
+    wide = ir.node("DequantizeLinear", [weight, scale], {"axis": 1})
+    return _named(node, [wide, ir.node("Gemm", [x, wide.outputs[0], *bias])])
+
+
+def _dynamic(node: ir.Node, scale: ir.Value) -> list[ir.Node]:
+    """Quantise x to uint8, multiply in int8, and go back; ONNX Runtime makes one kernel of it."""
+    x, weight, *bias = node.inputs
+    narrow = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
+    values, x_scale, zero = narrow.outputs
+    product = ir.node("MatMulInteger", [values, weight, zero])
+    wide = ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT})
+    scales = ir.node("Mul", [x_scale, scale])
+    made = [narrow, product, wide, scales, ir.node("Mul", [wide.outputs[0], scales.outputs[0]])]
+    if bias:
+        made.append(ir.node("Add", [made[-1].outputs[0], *bias]))
+    return _named(node, made)
+
+
+def _named(node: ir.Node, made: list[ir.Node]) -> list[ir.Node]:
+    """Names that are the same in every build."""
+    for i, new in enumerate(made):
+        new.name = f"{node.name}.{i}"
+        for k, value in enumerate(new.outputs):
+            value.name = f"{new.name}.{k}"
+    return made

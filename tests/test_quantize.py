@@ -1,0 +1,140 @@
+"""int8: the numbers that are stored, the form of the graphs, and what it does to a model."""
+
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+
+from l2c_export.build.build import build_bundle
+from l2c_export.build.quantize import dequantize, quantize
+from l2c_export.cli import cli
+from l2c_export.core.bundle import CONDITIONING, WEIGHTS
+from l2c_export.core.models import UViTConfig
+from l2c_export.evidence.reference import bundle_reference
+from l2c_export.evidence.verify import Settings, verify
+from l2c_export.runtime import Runner
+
+UVIT = UViTConfig(
+    depth=2, hidden_size=32, num_heads=2, patch_size=2, input_size=8, num_classes=10, mlp_ratio=2.0
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("int8") / "bundle"
+    return build_bundle(folder, tiny.request(tiny.plan(tiny_files, precision="int8")))
+
+
+@pytest.fixture(scope="module")
+def uvit_bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("int8-uvit")
+    tiny.write_files(folder, UVIT)
+    plan = tiny.plan(folder, uncached=True, steps=4, precision="int8")
+    return build_bundle(folder / "bundle", tiny.request(plan))
+
+
+def test_a_weight_is_off_by_half_a_step_of_its_output_at_most():
+    weight = torch.randn(6, 16) * torch.tensor([1e-6, 0.1, 1.0, 10.0, 1e6, 0.0])[:, None]
+    stored, scale = quantize(weight)
+    assert (stored.dtype, stored.shape, scale.shape) == (torch.int8, (16, 6), (6,))
+    assert stored.abs().amax(dim=0).tolist() == [127] * 5 + [0]
+    error = (dequantize(stored, scale) - weight).abs().amax(dim=1)
+    assert (error <= scale * 0.5001).all()
+
+
+def test_layers_that_meet_x_multiply_in_int8_and_the_modulation_does_not(bundle):
+    full = ir.load(bundle.file("full")).graph
+    weights = {str(n.inputs[1].name) for n in full if n.op_type == "MatMulInteger"}
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert weights == {f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in layers}
+    widened = {str(n.inputs[0].name) for n in full if n.op_type == "DequantizeLinear"}
+    assert widened == {f"blocks.{i}.adaLN_modulation.1.weight" for i in (0, 1)}
+    step = ir.load(bundle.file(bundle.manifest.uncached)).graph
+    assert "DequantizeLinear" not in {n.op_type for n in step}
+    assert "MatMulInteger" not in {n.op_type for n in ir.load(bundle.file(CONDITIONING)).graph}
+
+
+def test_onnxruntime_makes_one_kernel_of_each_layer(bundle, tmp_path):
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    path = bundle.file(bundle.manifest.uncached)
+    ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    kinds = [node.op_type for node in nodes]
+    assert kinds.count("DynamicQuantizeMatMul") == 8
+    assert not {"MatMulInteger", "DynamicQuantizeLinear"} & set(kinds)
+    fused = [node for node in nodes if node.op_type == "DynamicQuantizeMatMul"]
+    assert all(len(node.input) == 5 and node.input[4] for node in fused), "biases are in the kernel"
+
+
+def test_the_reference_has_the_weights_that_were_stored(bundle):
+    made = dict(bundle_reference(bundle).model.named_parameters())
+    original = dict(tiny.request(tiny_plan_of(bundle)).weights.iter_tensors())
+    for name, tensor in original.items():
+        stored, scale = quantize(tensor) if tensor.ndim == 2 else (None, None)
+        exact = "blocks" not in name or tensor.ndim == 1
+        expected = tensor if exact else dequantize(stored, scale)
+        assert torch.equal(made[name], expected), name
+
+
+def tiny_plan_of(bundle):
+    class Plan:
+        config = tiny.CONFIG
+
+    return Plan
+
+
+def test_a_uvit_runs_in_int8_with_its_long_skips(uvit_bundle):
+    full = ir.load(uvit_bundle.file("full")).graph
+    weights = {str(n.inputs[1].name) for n in full if n.op_type == "MatMulInteger"}
+    assert {n for n in weights if "skip" in n} == {"out_blocks.0.skip_linear.weight"}
+    report = verify(Runner.load(uvit_bundle.path, threads=1), Settings())
+    assert report.failure is None
+
+
+def test_a_damaged_scale_fails_and_is_named(bundle, tmp_path):
+    import shutil
+
+    from test_verify import consistent
+
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle.path, copy)
+    graph = onnx.load(copy / bundle.manifest.graphs[bundle.manifest.calls[0].graph].file)
+    assert graph.graph.node
+    data = bytearray((copy / WEIGHTS).read_bytes())
+    head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    begin, end = head["blocks.0.attn.proj.weight_scale"]["data_offsets"]
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start + begin : start + end] = np.full((end - begin) // 4, np.nan, np.float32).tobytes()
+    (copy / WEIGHTS).write_bytes(data)
+    consistent(copy)
+    report = verify(Runner.load(copy, threads=1), Settings())
+    assert report.failure.startswith("call 0 ")
+    assert "holds NaN or Inf" in report.failure
+    assert "00.attn" in report.failure
+
+
+def test_bench_against_compares_two_precisions(bundle, tiny_bundle, tmp_path):
+    arguments = ["bench", bundle.path, "--against", tiny_bundle.path, "--repeats", 2, "--threads", 1]
+    result = CliRunner().invoke(cli, [*map(str, arguments), "--report", str(tmp_path / "r.json")])
+    assert result.exit_code == 0, result.output
+    assert "times faster: full call" in result.output
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["bundle"]["precision"], report["against"]["precision"]) == ("int8", "float32")
+    sizes = [b.manifest.files[WEIGHTS].bytes for b in (bundle, tiny_bundle)]
+    assert report["ratio"]["weight_bytes"] == sizes[0] / sizes[1]
+    assert 1e-4 < report["error"]["output"] < 0.1
+    assert report["ratio"]["full_call"]["median"] > 0
+
+
+def test_bench_against_refuses_another_model(bundle, uvit_bundle):
+    result = CliRunner().invoke(cli, ["bench", str(bundle.path), "--against", str(uvit_bundle.path)])
+    assert result.exit_code == 1
+    assert "different models: their model differs" in result.stderr
