@@ -76,7 +76,7 @@ def export_full(
     with _quiet():
         onnxscript.optimizer.optimize(model)
     _reference_weights(model.graph, layout)
-    quantize_graph(model.graph, config, layout.tensors)
+    quantize_graph(model.graph, layout.tensors)
     _clean(model, {"rows": 2, "batch": 1} if guidance else {"batch": 1}, batch)
     return model
 

@@ -14,10 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from l2c_export.build.quantize import dequantize, quantize
-from l2c_export.core.precision import Parameters, Precision, in_block_linear, scale_name, stored_tensors
+from l2c_export.core.precision import (
+    Parameters,
+    Precision,
+    in_block_linear,
+    in_branch,
+    scale_name,
+    stored_tensors,
+)
 from l2c_export.errors import L2CError
-
-_BRANCHES = {"attn", "mlp"}
 
 
 def cast_model(model: nn.Module, config: Parameters, precision: Precision) -> None:
@@ -28,7 +33,7 @@ def cast_model(model: nn.Module, config: Parameters, precision: Precision) -> No
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and in_block_linear(f"{name}.weight", shapes):
             module.to(dtype).register_forward_pre_hook(_narrow)
-            if not _BRANCHES & set(name.split(".")):
+            if not in_branch(name):
                 module.register_forward_hook(_widen)
 
 

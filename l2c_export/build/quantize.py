@@ -3,19 +3,21 @@
 Weights are symmetric, with one scale for each output; stored as (in, out), the layout in which int8
 matrix products take them. Of the layers that meet x the activations are quantised as well, asymmetric
 to uint8 with one scale for the tensor, chosen from the tensor itself at run time
-(``DynamicQuantizeLinear``). That needs no calibration, and ONNX Runtime makes one kernel of it. The
-modulation's layers are wide and meet one row a call: their weights are widened instead, and what
-they compute is float32.
+(``DynamicQuantizeLinear``). That needs no calibration, and ONNX Runtime makes one kernel of it. Layers
+that are no part of a branch compute in float32, their weights widened when they run: the modulation,
+which meets a row and not its tokens, and the long skips, whose input is the residual stream itself,
+where one scale for all values costs most accuracy.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from l2c_export.core.models import ModelConfig
-from l2c_export.core.precision import StoredTensor, scale_name
+from l2c_export.core.precision import StoredTensor, in_branch, scale_name
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,26 +39,22 @@ def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight.float() * scale).T.contiguous()
 
 
-def quantize_graph(graph: ir.Graph, config: ModelConfig, tensors: dict[str, StoredTensor]) -> None:
+def quantize_graph(graph: ir.Graph, tensors: Mapping[str, StoredTensor]) -> None:
     """Rewrite every Gemm whose weight is stored in int8; outputs keep their names.
 
     Args:
         graph: Initializers are named and typed as they are stored, scales among them.
-        config: Says which layers do not meet x.
         tensors: What the weights file holds.
     """
     for node in list(graph):
         if node.op_type != "Gemm":
             continue
         _, weight, *_ = node.inputs
-        name = weight.name if weight is not None else None
+        name = str(weight.name) if weight is not None else ""
         if name not in tensors or tensors[name].dtype != "int8":
             continue
         scale = graph.initializers[scale_name(name)]
-        if config.parameter_owner(name) == "conditioning":
-            made = _weight_only(node, scale)
-        else:
-            made = _dynamic(node, scale)
+        made = _dynamic(node, scale) if in_branch(name) else _weight_only(node, scale)
         out, last = node.outputs[0], made[-1].outputs[0]
         last.name, last.shape, last.type = out.name, out.shape, out.type
         graph.insert_before(node, made)

@@ -47,10 +47,17 @@ def command(
     """Measure BUNDLE: cached beside uncached, call by call, its ceiling, its memory."""
     if against is not None and peer is not None:
         raise click.UsageError("--against and --peer: give one of them")
-    common = {"batch": batch, "repeats": repeats, "threads": threads, "backend": backend}
     if against is not None:
         with show_progress() as progress:
-            data = bench_against(bundle, against, **common, progress=progress)
+            data = bench_against(
+                bundle,
+                against,
+                batch=batch,
+                repeats=repeats,
+                threads=threads,
+                backend=backend,
+                progress=progress,
+            )
         click.echo(json.dumps(data, ensure_ascii=False) if as_json else against_table(data))
         write_report(report or bundle / "reports" / "against.json", data)
         return

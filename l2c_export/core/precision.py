@@ -130,3 +130,8 @@ def in_block_linear(name: str, shapes: Mapping[str, Shape]) -> bool:
     """Whether a parameter is the weight or bias of a linear layer inside a block."""
     layer = name.rpartition(".")[0]
     return name.startswith(_BLOCKS) and len(shapes.get(f"{layer}.weight", ())) == 2
+
+
+def in_branch(name: str) -> bool:
+    """Whether a block's layer or parameter is part of attention or MLP, whose output is a slot."""
+    return bool({"attn", "mlp"} & set(name.split(".")))

@@ -20,7 +20,7 @@ from l2c_export.errors import L2CError
 from l2c_export.evidence.bench import PAUSE, spread
 from l2c_export.evidence.compare import relative_error
 from l2c_export.evidence.machine import machine_json, usable_cores
-from l2c_export.runtime import Runner, Session
+from l2c_export.runtime import Runner
 
 Progress = Callable[[str, int, int], None]
 _SAME = ("model", "latent", "classes")
@@ -102,7 +102,7 @@ class _Side:
     latent: NDArray[np.float32] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.session: Session = self.runner.session(self.batch)
+        self.session = self.runner.session(self.batch)
 
     @property
     def manifest(self) -> Manifest:

@@ -30,6 +30,21 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
+class Tolerance:
+    """The largest errors allowed.
+
+    Attributes:
+        slots: Of a slot, from the reference's own inputs.
+        output: Of a call's guided output, from the reference's own inputs.
+        latent: Of what free running makes, to which the errors of all calls before add up.
+    """
+
+    slots: float
+    output: float
+    latent: float
+
+
+@dataclass(frozen=True)
 class CallErrors:
     """What one call of the bundle has different from the reference.
 
@@ -42,6 +57,7 @@ class CallErrors:
         latent: Free running: error of the latent after the call.
         blamed: The slot that the call reads wrongly, or the first that is not finite, where further
             runs found one.
+        forced: The output is of teacher forcing, not of free running.
     """
 
     index: int
@@ -51,6 +67,8 @@ class CallErrors:
     slots: dict[str, float]
     latent: float
     blamed: str = ""
+
+    forced: bool = True
 
     @property
     def errors(self) -> list[float]:
@@ -63,26 +81,27 @@ class CallErrors:
         name = max(self.slots, key=lambda slot: rank(self.slots[slot]), default="")
         return name, self.slots.get(name, 0.0)
 
-    def fault(self, tolerance: float) -> str | None:
+    def fault(self, tolerance: Tolerance) -> str | None:
         """The first thing that is wrong in this call, in words."""
-        limit = f"more than the tolerance {tolerance:.1e}"
+        limit = "more than the tolerance {:.1e}".format
         for slot, error in self.slots.items():
             if math.isnan(error):
                 return f"slot {slot} holds NaN or Inf"
-            if not error <= tolerance:
-                return f"slot {slot} differs by {error:.2e}, {limit}"
+            if not error <= tolerance.slots:
+                return f"slot {slot} differs by {error:.2e}, {limit(tolerance.slots)}"
         if math.isnan(self.output):
             where = f", first in slot {self.blamed}" if self.blamed else ""
             return f"the output holds NaN or Inf{where}"
-        if not self.output <= tolerance:
+        allowed = tolerance.output if self.forced else tolerance.latent
+        if not self.output <= allowed:
             read = f" because it reads slot {self.blamed} wrongly" if self.blamed else ""
-            return f"the output differs by {self.output:.2e}, {limit}{read}"
+            return f"the output differs by {self.output:.2e}, {limit(allowed)}{read}"
         if math.isnan(self.latent):
             return "the latent after it holds NaN or Inf, though the call is right by itself"
-        if not self.latent <= tolerance:
+        if not self.latent <= tolerance.latent:
             return (
-                f"the latent after it differs by {self.latent:.2e}, {limit}, though the call is right "
-                "by itself: the update or the buffers are wrong, or small errors grow"
+                f"the latent after it differs by {self.latent:.2e}, {limit(tolerance.latent)}, though "
+                "the call is right by itself: the update or the buffers are wrong, or small errors grow"
             )
         return None
 
@@ -127,17 +146,17 @@ class Comparison:
     branches: Callable[[Array, float], Mapping[str, Array]]
     call_noise: Array | None = None
 
-    def cached(self, tolerance: float) -> Iterator[tuple[CallErrors, Array]]:
+    def cached(self, tolerance: Tolerance) -> Iterator[tuple[CallErrors, Array]]:
         """Yield each call's errors and the bundle's (B, C, H, W) latent after it."""
         self._start(cached=True)
         sound = True
         program = list(self.manifest.calls[: self.calls])
         for i, (call, record) in enumerate(zip(program, self._records(program), strict=True)):
             output, slots = self._forced(i, call, record)
-            bad_slot = not all(error <= tolerance for error in slots.values())
+            bad_slot = not all(error <= tolerance.slots for error in slots.values())
             blamed = ""
-            if sound and not output <= tolerance and not bad_slot:
-                blamed = self._blame(i, call, record, tolerance)
+            if sound and not output <= tolerance.output and not bad_slot:
+                blamed = self._blame(i, call, record, tolerance.output)
             latent = self.session.step().x.copy()
             free = relative_error(latent, record.x_next.numpy())
             errors = CallErrors(i, call.timestep, call.graph, output, slots, free, blamed)
@@ -154,7 +173,8 @@ class Comparison:
             result = self.session.step()
             output = relative_error(result.output, record.output.numpy())
             free = relative_error(result.x, record.x_next.numpy())
-            yield CallErrors(i, call.timestep, graph, output, {}, free), result.x.copy()
+            errors = CallErrors(i, call.timestep, graph, output, {}, free, forced=False)
+            yield errors, result.x.copy()
 
     def _start(self, *, cached: bool) -> None:
         scale = self.scale if self.manifest.guidance else None

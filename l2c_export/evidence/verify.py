@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,35 @@ from numpy.typing import NDArray
 from l2c_export.core.bundle import MANIFEST, Bundle, Manifest
 from l2c_export.core.files import sha256
 from l2c_export.errors import L2CError, UnsupportedError, VerificationError
-from l2c_export.evidence.compare import CallErrors, Comparison, rank, relative_error
+from l2c_export.evidence.compare import CallErrors, Comparison, Tolerance, rank, relative_error
 from l2c_export.evidence.machine import machine_json, package_version
 
 if TYPE_CHECKING:
     from l2c_export.evidence.reference import Reference
     from l2c_export.runtime import Runner
 
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 2e-1}
-"""Largest error allowed, by the precision of the bundle, unless the user says otherwise."""
+TOLERANCES = {
+    "float32": Tolerance(1e-4, 1e-4, 1e-4),
+    "float16": Tolerance(5e-3, 2.5e-2, 5e-2),
+    "int8": Tolerance(0.12, 0.6, 0.8),
+}
+"""The largest errors allowed, by the precision of the bundle, unless the user says otherwise.
+
+Each is about twice the worst of a 2-block DiT of random weights (6 calls) and of the trained demo (20
+calls, guidance 3), cached and uncached, three seeds, with the bundle's and the checkpoint's weights:
+
+=========  =======  =======  =======
+precision  slots    output   latent
+=========  =======  =======  =======
+float16    1.7e-3   8.7e-3   2.0e-2
+int8       5.7e-2   4.6e-1   6.1e-1
+=========  =======  =======  =======
+
+The errors are those of the worst value. In the demo's last calls the predicted noise is small beside
+what it is the difference of, and guidance and caching move single pixels by as much as int8 does: its
+final latent is off by 2 % in the root mean square. For int8 it is therefore the slots that tell a wrong
+graph from a rounded one. Nothing stands here for bfloat16, which this backend cannot run.
+"""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is compared, how many calls are done and how many there are."""
@@ -44,7 +64,7 @@ class Settings:
         batch: Latents; None is 2, or what the bundle has that is nearest to it.
         seed: Of the noise and, without labels, of the labels.
         guidance_scale: None is the bundle's own.
-        tolerance: None takes that of the bundle's dtype.
+        tolerance: One for everything; None takes those of the bundle's precision.
         calls: Compare only the first so many calls.
         checkpoint: The reference takes its weights from here instead of from the bundle.
         uncached: Also compare the uncached trajectory, and cached with uncached.
@@ -65,14 +85,14 @@ class Report:
     """The outcome of a verification.
 
     Attributes:
-        tolerance: The largest error allowed anywhere.
+        tolerance: The largest errors allowed.
         inputs: What was compared: labels, seed, guidance scale, source of the weights.
         cached: One entry a call of the program.
         uncached: The same for the graph that computes everything.
         delta: For each call, how far caching moves the bundle's latent. It is not an error.
     """
 
-    tolerance: float
+    tolerance: Tolerance
     inputs: dict[str, Any]
     cached: list[CallErrors] = field(default_factory=list)
     uncached: list[CallErrors] = field(default_factory=list)
@@ -203,9 +223,9 @@ def _load_reference(bundle: Bundle, checkpoint: Path | None) -> Reference:
     return checkpoint_reference(bundle, checkpoint) if checkpoint else bundle_reference(bundle)
 
 
-def _tolerance(manifest: Manifest, settings: Settings) -> float:
-    if settings.tolerance is not None:
-        return settings.tolerance
+def _tolerance(manifest: Manifest, settings: Settings) -> Tolerance:
+    if (given := settings.tolerance) is not None:
+        return Tolerance(given, given, given)
     if manifest.precision not in TOLERANCES:
         raise UnsupportedError(
             f"there is no default tolerance for {manifest.precision}; choose one with --tolerance"
@@ -232,7 +252,7 @@ def report_json(report: Report, runner: Runner) -> dict[str, Any]:
     return {
         "passed": report.failure is None,
         "failure": report.failure,
-        "tolerance": report.tolerance,
+        "tolerance": asdict(report.tolerance),
         "worst": number(report.worst),
         "inputs": report.inputs,
         "manifest_sha256": sha256(runner.bundle.path / MANIFEST),
@@ -261,7 +281,11 @@ def report_table(report: Report) -> str:
     if report.failure:
         lines.append(f"FAILED  {report.failure}")
     else:
-        lines.append(f"PASSED  worst error {report.worst:.1e}, tolerance {report.tolerance:.1e}")
+        allowed = report.tolerance
+        limits = (
+            f"slots {allowed.slots:.1e}, outputs {allowed.output:.1e}, latents {allowed.latent:.1e}"
+        )
+        lines.append(f"PASSED  worst error {report.worst:.1e}; allowed: {limits}")
     return "\n".join(lines)
 
 
