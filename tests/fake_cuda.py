@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import types
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -272,7 +273,8 @@ class _FakeRuntimeOfEngines:
         if not self.trt.loads:
             self.logger.log("error", "the engine cannot run\non this GPU")
             return None
-        return _FakeEngine(self.trt, HostEngine(self.trt.records[plan], plan, self.trt.runtime.host, 1))
+        engine = HostEngine(self.trt.records[plan], plan, Path(), self.trt.runtime.host, 1)
+        return _FakeEngine(self.trt, engine)
 
 
 @dataclass

@@ -14,6 +14,8 @@ from networks import write_networks
 
 from l2c_export.core.bundle import ProgramCall, read_bundle, write_manifest
 from l2c_export.core.engines import UPDATE
+from l2c_export.core.sampler_call import is_stochastic
+from l2c_export.core.samplers import SAMPLERS, sampler_table
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime import Runner
 from l2c_export.runtime.device import session as device_session
@@ -79,6 +81,24 @@ def test_a_trajectory_is_that_of_the_host_runner(bundles, updates, graphs, cache
         for seed in (0, 1):  # the second trajectory of a session replays what the first captured
             wanted = host.sample(labels, seed=seed, cached=cached)
             assert distance(runner.sample(labels, seed=seed, cached=cached), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_every_sampler_runs_on_the_device_as_on_the_host(tmp_path, name):
+    folder = handmade.write_bundle(tmp_path / "bundle")
+    manifest = read_bundle(folder).manifest
+    table = sampler_table(name, len(PROGRAM))
+    calls = tuple(
+        replace(call, timestep=made.timestep, update=made.update)
+        for call, made in zip(manifest.calls, table, strict=True)
+    )
+    write_manifest(folder, replace(manifest, calls=calls, stochastic=is_stochastic(table)))
+    write_networks(read_bundle(folder))
+    host = Runner.load(folder, threads=1)
+    runner = Runner.load(folder, "lookalike", 1)
+    for seed in (0, 1):
+        wanted = host.sample([3, 7], seed=seed)
+        assert distance(runner.sample([3, 7], seed=seed), wanted) < 1e-6
 
 
 def test_it_is_the_references_too(runner):

@@ -20,7 +20,7 @@ from typing import Any
 
 import l2c_export
 from l2c_export.core.bundle import read_bundle
-from l2c_export.errors import L2CError
+from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.evidence.machine import anonymous_memory, proportional_set_size
 
 
@@ -57,6 +57,7 @@ class Child:
 
         Raises:
             L2CError: The child failed; with the last line that it left on stderr.
+            UnsupportedError: It said that this machine cannot do it.
         """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -64,7 +65,9 @@ class Child:
             self._process.communicate()
             self._errors.seek(0)
             last = next(reversed(self._errors.read().strip().splitlines()), "it said nothing")
-            raise L2CError(f"the {self._role} process failed: {last}")
+            unsupported = self._process.returncode == UnsupportedError.exit_code
+            kind = UnsupportedError if unsupported else L2CError
+            raise kind(f"the {self._role} process failed: {last}")
         result: dict[str, Any] = json.loads(line)
         return result
 
@@ -139,7 +142,8 @@ def _main() -> None:
     try:
         roles[sys.argv[1]](**json.loads(sys.argv[2]))
     except L2CError as error:
-        sys.exit(str(error))
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def lookalike(bundle: Bundle, threads: int | None, *, graphs: str = "trajectory"
     found = choose_engines(bundle, "ort", ort_engine.NETWORKS, None)
 
     def load(record: Record, plan: bytes) -> Engine:
-        return ort_engine.HostEngine(record, plan, device, threads)
+        return ort_engine.HostEngine(record, plan, bundle.path, device, threads)
 
     name = f"look-alike of a device runner over onnxruntime {ort_engine.VERSION}"
     return DeviceBackend(bundle, device, found, load, name=name, graphs=check_graphs(graphs))
@@ -147,7 +147,7 @@ def ort_cuda(
     found = choose_engines(bundle, "ort", ort_engine.NETWORKS, None)
 
     def load(record: Record, plan: bytes) -> Engine:
-        return ort_engine.CudaEngine(record, plan, device, graphs == "call")
+        return ort_engine.CudaEngine(record, plan, bundle.path, device, graphs == "call")
 
     name = f"onnxruntime-gpu {ort_engine.VERSION}"
     kept = "engine" if graphs == "call" else "none"

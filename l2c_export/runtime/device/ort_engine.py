@@ -9,6 +9,7 @@ of each set of addresses by itself, and cannot take part in another one: a captu
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
@@ -51,10 +52,12 @@ class HostEngine:
     keeps_graphs = False
     scratch = 4096  # which a run spoils, so that sharing it is put to the test
 
-    def __init__(self, record: Record, model: bytes, device: HostDevice, threads: int | None) -> None:
+    def __init__(
+        self, record: Record, model: bytes, folder: Path, device: HostDevice, threads: int | None
+    ) -> None:
         self._record = record
         self._device = device
-        options = _options()
+        options = _options(folder)
         options.intra_op_num_threads = threads or 0
         self._session = _open(record, model, options, ["CPUExecutionProvider"])
 
@@ -69,12 +72,13 @@ class CudaEngine:
     keeps_graphs = True
     scratch = 0  # ONNX Runtime has an arena of its own
 
-    def __init__(self, record: Record, model: bytes, index: int, graphs: bool) -> None:
-        self._record, self._model, self._index, self._graphs = record, model, index, graphs
+    def __init__(self, record: Record, model: bytes, folder: Path, index: int, graphs: bool) -> None:
+        self._record, self._model, self._folder = record, model, folder
+        self._index, self._graphs = index, graphs
 
     def context(self, scratch: int, size: int, stream: int) -> Context:
         """A session whose kernels run on a stream."""
-        options = _options()
+        options = _options(self._folder)
         # rather an error than copies to the host and back in every call
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         provider = {
@@ -218,8 +222,12 @@ def _run(bound: _Bound, binding: ort.IOBinding, options: ort.RunOptions) -> None
         raise L2CError(f"onnxruntime {VERSION} failed in {bound.record.graph}: {text}") from None
 
 
-def _options() -> ort.SessionOptions:
+def _options(folder: Path) -> ort.SessionOptions:
     options = ort.SessionOptions()
+    # where a network that holds its weights refers to them
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder)
+    )
     options.log_severity_level = 3
     options.enable_mem_pattern = False
     return options
