@@ -1,6 +1,7 @@
 """int8: the numbers that are stored, the form of the graphs, and what it does to a model."""
 
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -10,12 +11,16 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from test_verify import consistent
 
 from l2c_export.build.build import build_bundle
+from l2c_export.build.checkpoint import random_checkpoint
 from l2c_export.build.quantize import dequantize, quantize
 from l2c_export.cli import cli
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS
 from l2c_export.core.models import UViTConfig
+from l2c_export.engines.build import EngineBuild, EngineRequest
+from l2c_export.errors import UnsupportedError
 from l2c_export.evidence.reference import bundle_reference
 from l2c_export.evidence.verify import Settings, verify
 from l2c_export.runtime import Runner
@@ -76,19 +81,12 @@ def test_onnxruntime_makes_one_kernel_of_each_layer(bundle, tmp_path):
 
 def test_the_reference_has_the_weights_that_were_stored(bundle):
     made = dict(bundle_reference(bundle).model.named_parameters())
-    original = dict(tiny.request(tiny_plan_of(bundle)).weights.iter_tensors())
+    original = dict(random_checkpoint(tiny.CONFIG, tiny.SEED).iter_tensors())
     for name, tensor in original.items():
         stored, scale = quantize(tensor) if tensor.ndim == 2 else (None, None)
         exact = "blocks" not in name or tensor.ndim == 1
         expected = tensor if exact else dequantize(stored, scale)
         assert torch.equal(made[name], expected), name
-
-
-def tiny_plan_of(bundle):
-    class Plan:
-        config = tiny.CONFIG
-
-    return Plan
 
 
 def test_a_uvit_runs_in_int8_with_its_long_skips(uvit_bundle):
@@ -103,14 +101,8 @@ def test_a_uvit_runs_in_int8_with_its_long_skips(uvit_bundle):
 
 
 def test_a_damaged_scale_fails_and_is_named(bundle, tmp_path):
-    import shutil
-
-    from test_verify import consistent
-
     copy = tmp_path / "copy"
     shutil.copytree(bundle.path, copy)
-    graph = onnx.load(copy / bundle.manifest.graphs[bundle.manifest.calls[0].graph].file)
-    assert graph.graph.node
     data = bytearray((copy / WEIGHTS).read_bytes())
     head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     begin, end = head["blocks.0.attn.proj.weight_scale"]["data_offsets"]
@@ -122,6 +114,11 @@ def test_a_damaged_scale_fails_and_is_named(bundle, tmp_path):
     assert report.failure.startswith("call 0 ")
     assert "holds NaN or Inf" in report.failure
     assert "00.attn" in report.failure
+
+
+def test_no_engine_is_made_of_a_graph_for_cpus(bundle):
+    with pytest.raises(UnsupportedError, match=r"which rtx does not take: build it with --precision"):
+        EngineBuild(bundle, EngineRequest("rtx"))
 
 
 def test_bench_against_compares_two_precisions(bundle, tiny_bundle, tmp_path):

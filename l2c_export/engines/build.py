@@ -49,6 +49,11 @@ class EngineBuild:
             UnsupportedError: The backend cannot build this here, or the price is over the limit.
         """
         manifest = bundle.manifest
+        if manifest.precision == "int8" and request.backend != "ort":
+            raise UnsupportedError(
+                f"{bundle.path} is int8 in the form of ONNX Runtime on a CPU, which {request.backend} "
+                "does not take: build it with --precision float16"
+            )
         self.bundle, self.request = bundle, request
         graphs = dict.fromkeys((CONDITIONING, *manifest.step_graphs(), manifest.uncached))
         bundle.check_files({WEIGHTS, *(manifest.graphs[graph].file for graph in graphs)})
