@@ -1,11 +1,10 @@
 """On a machine with an NVIDIA GPU, onnxruntime-gpu and cuda-bindings: ``pytest -m gpu``.
 
-A DiT-S/2-sized model with random weights, so that weights are large beside everything else.
+DiT-XL/2 with random weights, so that weights are large beside a library's own workspaces.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import tiny
 from l2c_export.build.build import build_bundle
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.core.bundle import Bundle
-from l2c_export.core.models import DiTConfig
 from l2c_export.engines.build import EngineBuild
 from l2c_export.engines.request import EngineRequest
 from l2c_export.evidence.verify import Settings, verify
@@ -24,15 +22,11 @@ from l2c_export.runtime import Runner
 
 pytestmark = pytest.mark.gpu
 
-MODEL = DiTConfig(depth=12, hidden_size=384, num_heads=6, patch_size=2, input_size=32)
-
 
 @pytest.fixture(scope="module", params=["float32", "float16"])
 def bundle(request, tmp_path_factory) -> Bundle:
     folder: Path = tmp_path_factory.mktemp("gpu")
-    config = folder / "model.json"
-    config.write_text(json.dumps(MODEL.to_json()))
-    options = ScheduleOptions(model_config=config, policy="fora:3", steps=12, precision=request.param)
+    options = ScheduleOptions(model="dit-xl-2", policy="fora:3", steps=12, precision=request.param)
     made = build_bundle(folder / "bundle", tiny.request(plan_from_options(options)))
     EngineBuild(made, EngineRequest("ort")).run()
     return made
