@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import filelock
 import killing
+import numpy as np
 import pytest
 import tiny
 from click.testing import CliRunner
@@ -26,6 +27,7 @@ from l2c_export.engines.network import engine_network, update_network
 from l2c_export.engines.price import largest_sizes
 from l2c_export.engines.request import EngineRequest, parse_targets
 from l2c_export.errors import L2CError, UnsupportedError
+from l2c_export.runtime import Runner
 
 FOLDER = "ort-opset20-portable"
 
@@ -230,6 +232,14 @@ def test_engines_that_hold_their_weights_have_a_folder_of_their_own(bundle):
     assert not any(engine.weights for engine in constants.engines)
     assert "blocks.0.attn.qkv.weight" in constants.engine(bundle.manifest.calls[0].graph).constants
     assert constants.archive[0] == "plans.bin"
+
+
+def test_the_device_runner_runs_what_was_built(bundle):
+    build(bundle)
+    ours, theirs = (
+        Runner.load(bundle.path, backend).sample([1, 2], seed=0) for backend in ("lookalike", "ort")
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 # -- prices -----------------------------------------------------------------------------------------

@@ -15,8 +15,10 @@ import pytest
 import tiny
 
 from l2c_export.build.build import build_bundle
+from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle, read_bundle
 from l2c_export.core.engines import ENGINES, RECORD, UPDATE, EngineSet, unpack_plans
+from l2c_export.core.uvit_config import UViTConfig
 from l2c_export.engines.build import EngineBuild
 from l2c_export.engines.compile import compile_network
 from l2c_export.engines.folder import JOURNAL, inspect_log, judge
@@ -170,6 +172,23 @@ def test_a_network_that_the_parser_does_not_take_is_an_error_with_its_reasons(tm
     assert not (tmp_path / "plan").exists()
 
 
+def test_what_failed_stays_for_a_closer_look(bundle, tmp_path):
+    shutil.copytree(bundle.path, tmp_path / "bundle", ignore=shutil.ignore_patterns(ENGINES))
+    build = EngineBuild(read_bundle(tmp_path / "bundle"), EngineRequest("rtx", ("sm89",)))
+    good = build.networks[CONDITIONING]
+    build.networks[CONDITIONING] = replace(good, model=b"no network")
+    with pytest.raises(
+        L2CError, match=r"engine of conditioning: .*network: .*conditioning.onnx, log: "
+    ):
+        build.run()
+    folder = tmp_path / "bundle" / ENGINES / f"rtx-{build.version}-sm89"
+    assert (folder / "conditioning.onnx").read_bytes() == b"no network"
+    assert (folder / "conditioning.log.xz").exists()
+    build.networks[CONDITIONING] = good
+    build.run()
+    assert not (folder / "conditioning.onnx").exists()
+
+
 def test_a_builder_that_is_killed_is_explained(bundle, tmp_path):
     network = engine_network(bundle, bundle.manifest.uncached)
 
@@ -245,3 +264,15 @@ def _watch_compiles(folder) -> list[str]:
 
     EngineBuild(read_bundle(folder), EngineRequest("rtx", AMPERE_AND_LATER)).run(progress)
     return told
+
+
+def test_attention_and_mlp_of_uvit_are_fused_too(tmp_path):
+    config = UViTConfig(2, 128, 2, 2, 16, num_classes=10)
+    (tmp_path / "model.json").write_text(json.dumps(config.to_json()))
+    options = {"uncached": True, "steps": 2, "precision": "float16"}
+    plan = plan_from_options(ScheduleOptions(model_config=tmp_path / "model.json", **options))
+    bundle = build_bundle(tmp_path / "bundle", tiny.request(plan, batch=(1, 1)))
+    fusion = built(engine_network(bundle, bundle.manifest.uncached), tmp_path, "sm89")
+    blocks = len(bundle.manifest.slots.names) // 2
+    assert fusion.fused_attentions == fusion.attentions == blocks
+    assert fusion.loose_activations == 0

@@ -40,13 +40,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(d, d)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend over the N tokens, in float32 whatever the type of the weights."""
+        """Attend over the N tokens."""
         r, n, d = x.shape
         q, k, v = (
-            part.reshape(r, n, self.heads, d // self.heads).transpose(1, 2).float()  # (R, H, N, D/H)
+            part.reshape(r, n, self.heads, d // self.heads).transpose(1, 2)  # (R, H, N, D/H)
             for part in self.qkv(x).chunk(3, dim=-1)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v).to(x.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v)
         return self.proj(mixed.transpose(1, 2).reshape(r, n, d))
 
 

@@ -225,7 +225,11 @@ class EngineFolder:
                 self.request.backend, network.model, beside, self._options(network), plan, log, tick
             )
         except L2CError as error:
-            raise type(error)(f"engine of {graph}: {error} (log: {log})") from None
+            # for the tools that tell more, such as: polygraphy inspect capability
+            network_file = self.path / f"{graph}.onnx"
+            network_file.write_bytes(network.model)
+            kept = f"(network: {network_file}, log: {log})"
+            raise type(error)(f"engine of {graph}: {error} {kept}") from None
 
     def _inspected(self, made: Engine, network: Network) -> Engine:
         inspection = inspect_log(self.log(made.graph))
