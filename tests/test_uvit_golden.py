@@ -60,7 +60,7 @@ def bundle(tmp_path_factory):
         model_config=folder / "model.json", router=FOLDER / "router.pth", batch=(2, 2)
     )
     weights = open_checkpoint(FOLDER / "model.pth", CONFIG)
-    request = Request(plan_from_options(options), weights, options.sampler_name, batch=(2, 2))
+    request = Request(plan_from_options(options), weights, batch=(2, 2))
     return build_bundle(folder / "bundle", request)
 
 
