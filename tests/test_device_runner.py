@@ -443,6 +443,26 @@ def test_work_that_the_caller_has_enqueued_comes_first(runner, bundles):
     )
 
 
+def test_our_stream_waits_for_the_callers_whichever_is_looked_at_first(runner, bundles):
+    mine = device(runner).create_stream()
+    out = runner.enqueue([3], mine, seed=4)
+    device(runner).fill(out.address, 0, out.nbytes, mine)
+    runner.enqueue([1], mine, seed=5, out=out)
+    device(runner).synchronize(runner._idle[0].stream)
+    assert distance(out.numpy(), Runner.load(bundles["ddim"], threads=1).sample([1], seed=5)) < 1e-6
+
+
+def test_noise_is_the_callers_again_once_it_is_copied(runner):
+    mine = device(runner).create_stream()
+    noise = runner.enqueue([3], mine, seed=4)
+    wanted = noise.numpy()
+    session = runner.session(1)
+    session.start([1], noise, stream=mine)
+    device(runner).fill(noise.address, 0, noise.nbytes, mine)
+    device(runner).synchronize(mine)
+    assert np.array_equal(session.x, wanted)
+
+
 def test_arrays_that_do_not_fit_are_refused(runner):
     stream = device(runner).create_stream()
     two = runner.enqueue([3, 7], stream, seed=0)
