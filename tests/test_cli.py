@@ -422,7 +422,9 @@ OPTIONS = {
     "profile": Bad(
         ["build", *BUILD, "--profile", "toaster"], "'toaster' is neither a file nor one of", 2
     ),
-    "no data": Bad(["train-router", *MODEL], "Missing option '--data'", 2),
+    "no data": Bad(
+        ["train-router", *MODEL], "give training data with --data PATH, or train from noise"
+    ),
 }
 
 OUTPUTS = {
