@@ -69,7 +69,7 @@ CONFIGS: dict[str, ModelConfig] = {"dit": DIT, "uvit": UVIT}
 
 STEPS = 20
 _SHORT = {"steps": STEPS, "iterations": 1000, "batch": 16, "lr": 0.05}
-ROUTERS = {"dit": make_recipe("dit", l1=5e-5, **_SHORT), "uvit": make_recipe("uvit", **_SHORT)}
+ROUTERS = {"dit": make_recipe(DIT, l1=5e-5, **_SHORT), "uvit": make_recipe(UVIT, **_SHORT)}
 """Larger rate, and for DiT penalty, than L2C's: a short training, a small model with larger errors."""
 
 
