@@ -56,7 +56,7 @@ class Learned:
     @property
     def name(self) -> str:
         """Of the rows, without the threshold."""
-        return f"λ {self.recipe.l1:g}"
+        return f"{self.recipe.steps} calls, λ {self.recipe.l1:g}"
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,23 @@ class Family:
     title: str
     routers: tuple[Learned, ...]
     calls: int = 10
-    fewer: tuple[int, ...] = (8, 6, 4)
+    fewer: tuple[int, ...] = (8, 6, 4)  # DPM-Solver++ 2S has even ones alone
     intervals: tuple[int, ...] = (2,)
 
 
-def _learned(family: str, l1: float, *thresholds: float, **more: Any) -> Learned:
+def _learned(
+    family: str, calls: int, l1: float, *thresholds: float, again: bool = False, **more: Any
+) -> Learned:
     """A router of ``assets/routers``; a larger rate than L2C's, for a short training."""
-    config = train_demo.CONFIGS[family]
-    recipe = make_recipe(config, steps=10, batch=16, lr=0.05, l1=l1, **_LENGTHS[family])
-    return Learned(_router_file(family, l1), recipe, thresholds, **more)
+    routed = calls // 2 if family == "dit" else calls // 2 - 1
+    recipe = make_recipe(
+        train_demo.CONFIGS[family], steps=calls, batch=16, lr=0.05, l1=l1, iterations=200 * routed
+    )
+    first, second = (
+        ASSETS / "routers" / f"{family}-{calls}-{l1:g}-{seed}.safetensors" for seed in (0, 1)
+    )
+    return Learned(first, recipe, thresholds, again=second if again else None, **more)
 
-
-def _router_file(family: str, l1: float, seed: int = 0) -> Path:
-    return ASSETS / "routers" / f"{family}-{l1:g}-{seed}.safetensors"
-
-
-_LENGTHS = {"dit": {"iterations": 1000}, "uvit": {"iterations": 800}}  # 200 for each routed call
 
 FAMILIES = {
     family.name: family
@@ -95,16 +96,22 @@ FAMILIES = {
             "ddim",
             "digits DiT, DDIM",
             (
-                _learned("dit", 2e-4, 0.1, again=_router_file("dit", 2e-4, 1)),
-                _learned("dit", 6e-4, 0.9, shuffled=(0.9,)),
+                _learned("dit", 10, 2e-4, 0.1, 0.9, shuffled=(0.1,), again=True),
+                _learned("dit", 10, 6e-4, 0.9, shuffled=(0.9,)),
+                _learned("dit", 6, 2e-4, 0.5, shuffled=(0.5,)),
             ),
+            fewer=(8, 6, 5, 4),
         ),
         Family(
             "uvit",
             ASSETS / "uvit",
             "dpm-solver-2s",
             "digits U-ViT, DPM-Solver++ 2S",
-            (_learned("uvit", 0.1, 0.1, shuffled=(0.1,), again=_router_file("uvit", 0.1, 1)),),
+            (
+                _learned("uvit", 10, 0.1, 0.1, shuffled=(0.1,), again=True),
+                _learned("uvit", 10, 0.4, 0.5),
+                _learned("uvit", 6, 0.4, 0.5, shuffled=(0.5,)),
+            ),
         ),
     )
 }
@@ -161,7 +168,10 @@ def hardened(
     """The schedules of a router at its thresholds."""
     router = read_router(learned.file, family.name)
     for threshold in learned.thresholds:
-        yield threshold, threshold_router(router, slots, family.sampler, family.calls, threshold)
+        yield (
+            threshold,
+            threshold_router(router, slots, family.sampler, learned.recipe.steps, threshold),
+        )
 
 
 def overlaps(family: Family) -> Iterator[str]:
