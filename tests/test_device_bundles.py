@@ -16,8 +16,9 @@ from l2c_export.build.build import build_bundle
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.cli import cli
 from l2c_export.core.bundle import read_bundle
-from l2c_export.core.engines import UPDATE, unpack_plans
+from l2c_export.core.engines import UPDATE, read_record, unpack_plans
 from l2c_export.core.models import UViTConfig
+from l2c_export.core.precision import scale_name
 from l2c_export.engines.build import EngineBuild
 from l2c_export.engines.request import EngineRequest
 from l2c_export.errors import L2CError
@@ -65,6 +66,18 @@ def test_uvit_in_float16_runs_on_the_device_as_on_the_host(tmp_path):
     while not session._held:
         session.step()
     assert session.slot(next(iter(session._held))).dtype == np.float16
+
+
+@pytest.mark.parametrize("precision", ["int8-weights", "float8-weights"])
+def test_weights_in_8_bits_are_uploaded_with_their_scales(tmp_path, precision):
+    bundle = make(tmp_path / "made", tiny.CONFIG.to_json(), precision=precision)
+    host, runner = Runner.load(bundle, threads=1), Runner.load(bundle, "lookalike", threads=1)
+    assert distance(runner.sample([3, 7], seed=0), host.sample([3, 7], seed=0)) < 2e-3
+    engines = read_record(next((bundle / "engines").iterdir())).engines
+    weights = {value.name: value.dtype for engine in engines for value in engine.weights}
+    eights = {name for name, dtype in weights.items() if dtype in ("int8", "float8_e4m3fn")}
+    assert len(eights) == 10
+    assert {weights[scale_name(name)] for name in eights} == {"float16"}
 
 
 def test_dit_runs_on_the_device_as_on_the_host(folder):

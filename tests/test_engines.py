@@ -18,6 +18,7 @@ from l2c_export.build.build import build_bundle
 from l2c_export.cli import cli
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle, read_bundle
 from l2c_export.core.engines import ENGINES, RECORD, UPDATE, find_engines, read_record, unpack_plans
+from l2c_export.core.precision import precision_of
 from l2c_export.engines import build as build_module
 from l2c_export.engines.build import EngineBuild
 from l2c_export.engines.compile import explain
@@ -275,7 +276,7 @@ def test_targets_are_compute_capabilities_in_ascending_order():
 
 
 def request_families(backend, *targets, precision="float16"):
-    return build_module.target_families(EngineRequest(backend, targets), precision)
+    return build_module.target_families(EngineRequest(backend, targets), precision_of(precision))
 
 
 @pytest.fixture
@@ -292,6 +293,15 @@ def test_turing_gets_engines_of_its_own():
     assert request_families("rtx", "sm75") == (("sm75",),)
     with pytest.raises(UnsupportedError, match="float16 alone on sm75"):
         request_families("rtx", "sm75", precision="float32")
+
+
+@pytest.mark.usefixtures("rtx_targets")
+def test_float8_is_for_targets_that_have_it():
+    families = request_families("rtx", "sm89", "sm120", precision="float8-weights")
+    assert families == (("sm89", "sm120"),)
+    with pytest.raises(UnsupportedError, match=r"needs sm89 or later, not sm75, sm86: .*int8-weights"):
+        request_families("rtx", "sm75", "sm86", "sm89", precision="float8-weights")
+    assert request_families("rtx", "sm75", "sm86", precision="int8-weights") == (("sm75",), ("sm86",))
 
 
 @pytest.mark.usefixtures("rtx_targets")

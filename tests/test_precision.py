@@ -17,13 +17,14 @@ from l2c_export.core.bundle import WEIGHTS, read_bundle
 from l2c_export.core.models import UViTConfig
 from l2c_export.core.precision import PRECISIONS, precision_of, stored_tensors
 from l2c_export.errors import L2CError, UnsupportedError
-from l2c_export.evidence.verify import TOLERANCES, Settings, verify
+from l2c_export.evidence.verify import ROUNDED, TOLERANCES, Settings, verify
 from l2c_export.runtime import Runner
 
 UVIT = UViTConfig(
     depth=4, hidden_size=32, num_heads=2, patch_size=2, input_size=8, num_classes=10, mlp_ratio=2.0
 )
 HALVES = ["float16", "bfloat16"]
+EIGHTS = ["int8-weights", "float8-weights"]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_a_graph_computes_its_matrix_products_in_half_and_the_rest_in_float32(bu
     assert made.manifest.slots.dtype == name
 
 
-@pytest.mark.parametrize("name", ["float16", "int8"])
+@pytest.mark.parametrize("name", ["float16", "int8", *EIGHTS])
 def test_the_bundle_passes_at_its_tolerance_and_not_at_float32s(bundle, name):
     report = verify(Runner.load(bundle(name).path, threads=1), Settings())
     assert report.failure is None
@@ -107,16 +108,28 @@ def test_the_bundle_passes_at_its_tolerance_and_not_at_float32s(bundle, name):
     assert TOLERANCES["float32"].latent < report.worst < TOLERANCES[name].latent
 
 
+@pytest.mark.parametrize("name", EIGHTS)
+def test_a_checkpoint_shows_what_rounding_the_weights_did(bundle, tmp_path, name):
+    path = tmp_path / "weights.safetensors"
+    original = dict(random_checkpoint(tiny.CONFIG, tiny.SEED).iter_tensors())
+    safetensors.torch.save_file(original, path)
+    report = verify(Runner.load(bundle(name).path, threads=1), Settings(checkpoint=path))
+    assert report.failure is None
+    assert report.tolerance == ROUNDED[name]
+    assert TOLERANCES[name].slots < max(max(call.slots.values(), default=0.0) for call in report.cached)
+
+
 def test_bfloat16_does_not_run_on_a_cpu_and_says_so_in_a_line(bundle):
     with pytest.raises(UnsupportedError, match=r"computes in bfloat16, for which onnxruntime .* CPU"):
         Runner.load(bundle("bfloat16").path)
 
 
-def test_a_weight_beyond_float16_is_named(tiny_files, tmp_path):
+@pytest.mark.parametrize("name", ["float16", *EIGHTS])
+def test_a_weight_beyond_float16_is_named(tiny_files, tmp_path, name):
     checkpoint = random_checkpoint(tiny.CONFIG, 0)
     tensors = dict(checkpoint.tensors)
     tensors["blocks.1.mlp.fc2.weight"] = tensors["blocks.1.mlp.fc2.weight"] * 1e7
-    request = tiny.request(tiny.plan(tiny_files, precision="float16"))
+    request = tiny.request(tiny.plan(tiny_files, precision=name))
     request = replace(request, weights=replace(checkpoint, tensors=tensors))
     with pytest.raises(L2CError, match=r"blocks.1.mlp.fc2.weight has values up to .* beyond float16"):
         build_bundle(tmp_path / "b", request)

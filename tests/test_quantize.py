@@ -15,7 +15,7 @@ from test_verify import consistent
 
 from l2c_export.build.build import build_bundle
 from l2c_export.build.checkpoint import random_checkpoint
-from l2c_export.build.quantize import dequantize, quantize
+from l2c_export.build.quantize import LARGEST, dequantize, quantize
 from l2c_export.cli import cli
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS
 from l2c_export.core.models import UViTConfig
@@ -53,6 +53,21 @@ def test_a_weight_is_off_by_half_a_step_of_its_output_at_most():
     assert (error <= scale * 0.5001).all()
 
 
+@pytest.mark.parametrize(("dtype", "half_step"), [("int8", 0.5 / 127), ("float8_e4m3fn", 1 / 16)])
+def test_a_weight_with_half_scales_is_off_by_half_a_step_at_most(dtype, half_step):
+    weight = torch.randn(6, 16) * torch.tensor([1e-9, 1e-3, 0.1, 1.0, 1e3, 0.0])[:, None]
+    stored, scale = quantize(weight, dtype, "float16")
+    assert (stored.dtype, stored.shape, scale.dtype) == (getattr(torch, dtype), (16, 6), torch.float16)
+    assert torch.isfinite(stored.float()).all()
+    error = (dequantize(stored, scale) - weight).abs().amax(dim=1)
+    largest = weight.abs().amax(dim=1)
+    normal = largest / LARGEST[dtype] > 6.2e-5  # float16's, below which scales lose digits
+    assert (error <= largest * half_step * 1.1)[normal].all()
+    assert normal.tolist() == [False, False, True, True, True, False]
+    assert (error[1] / largest[1]) < half_step * 1.2
+    assert error[0] < 1e-8, "too small for a scale"
+
+
 def test_layers_that_meet_x_multiply_in_int8_and_the_modulation_does_not(bundle):
     full = ir.load(bundle.file("full")).graph
     weights = {str(n.inputs[1].name) for n in full if n.op_type == "MatMulInteger"}
@@ -87,6 +102,26 @@ def test_the_reference_has_the_weights_that_were_stored(bundle):
         exact = "blocks" not in name or tensor.ndim == 1
         expected = tensor if exact else dequantize(stored, scale)
         assert torch.equal(made[name], expected), name
+
+
+@pytest.mark.parametrize("name", ["int8-weights", "float8-weights"])
+def test_weights_in_8_bits_are_widened_to_float16_for_every_layer_of_the_blocks(
+    tiny_files, tmp_path, name
+):
+    made = build_bundle(tmp_path / "b", tiny.request(tiny.plan(tiny_files, precision=name)))
+    full = ir.load(made.file("full")).graph
+    widened = {str(n.outputs[0].name): n for n in full if n.op_type == "DequantizeLinear"}
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+    weights = {f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in layers}
+    assert {str(n.inputs[0].name) for n in widened.values()} == weights
+    assert {str(n.inputs[0].const_value.dtype) for n in widened.values()} == {
+        {"int8-weights": "INT8", "float8-weights": "FLOAT8E4M3FN"}[name]
+    }
+    assert {str(n.inputs[1].const_value.dtype) for n in widened.values()} == {"FLOAT16"}
+    read = {str(v.name) for n in full if n.op_type == "Gemm" for v in n.inputs}
+    assert widened.keys() <= read
+    for path in (made.file(graph) for graph in made.manifest.graphs):
+        onnx.checker.check_model(str(path), full_check=True)
 
 
 def test_a_uvit_runs_in_int8_with_its_long_skips(uvit_bundle):

@@ -18,6 +18,7 @@ from l2c_export.build.build import build_bundle
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle, read_bundle
 from l2c_export.core.engines import ENGINES, RECORD, UPDATE, EngineSet, unpack_plans
+from l2c_export.core.precision import scale_name
 from l2c_export.core.uvit_config import UViTConfig
 from l2c_export.engines.build import EngineBuild
 from l2c_export.engines.compile import compile_network
@@ -142,6 +143,34 @@ def test_turing_builds_and_is_fused_less(bundle, tmp_path):
     assert fusion.loose_activations == 2
 
 
+@pytest.mark.parametrize(
+    ("precision", "stored", "targets"),
+    [
+        ("int8-weights", "int8", AMPERE_AND_LATER),
+        ("float8-weights", "float8_e4m3fn", ("sm89", "sm120", "sm121")),
+    ],
+)
+def test_weights_in_8_bits_are_widened_inside_the_products(tmp_path, precision, stored, targets):
+    tiny.write_files(tmp_path, CONFIG)
+    plan = tiny.plan(tmp_path, precision=precision)
+    bundle = build_bundle(tmp_path / "bundle", tiny.request(plan, batch=(1, 1)))
+    network = engine_network(bundle, bundle.manifest.uncached)
+    eights = {value.name for value in network.weights if value.dtype == stored}
+    assert len(eights) == 4 * CONFIG.depth
+    fusion = built(network, tmp_path, *targets)
+    assert fusion.fused_attentions == CONFIG.depth
+    assert fusion.loose_activations == CONFIG.depth, "fc1's bias goes with the GELU, after the product"
+    kernels = inspect_log(tmp_path / "log.xz").kernels
+    readers = [kernel for kernel in kernels if eights & set(kernel.inputs)]
+    assert len(readers) == len(eights)
+    for kernel in readers:
+        (weight,) = eights & set(kernel.inputs)
+        assert scale_name(weight) in kernel.inputs
+        assert kernel.kind == "runtime_fusion"
+        product, widening = kernel.nodes[::-1] if "CastMulCastFc" in kernel.name else ("", "")
+        assert product.rpartition(".")[0] == widening.rpartition(".")[0] != ""
+
+
 def test_a_range_of_batches_is_one_engine(tmp_path):
     tiny.write_files(tmp_path, CONFIG)
     plan = tiny.plan(tmp_path, precision="float16", uncached=True, steps=2)
@@ -170,6 +199,14 @@ def test_a_network_that_the_parser_does_not_take_is_an_error_with_its_reasons(tm
             "rtx", b"no network", tmp_path, BuildOptions(), tmp_path / "plan", tmp_path / "log.xz"
         )
     assert not (tmp_path / "plan").exists()
+
+
+def test_float8_on_an_older_gpu_is_explained(tmp_path):
+    tiny.write_files(tmp_path, CONFIG)
+    plan = tiny.plan(tmp_path, precision="float8-weights", uncached=True, steps=2)
+    bundle = build_bundle(tmp_path / "bundle", tiny.request(plan, batch=(1, 1)))
+    with pytest.raises(L2CError, match="float8 needs sm89 or later: build the bundle with"):
+        built(engine_network(bundle, bundle.manifest.uncached), tmp_path, "sm86")
 
 
 def test_what_failed_stays_for_a_closer_look(bundle, tmp_path):

@@ -76,7 +76,7 @@ def export_full(
     with _quiet():
         onnxscript.optimizer.optimize(model)
     _reference_weights(model.graph, layout)
-    quantize_graph(model.graph, layout.tensors)
+    quantize_graph(model.graph, layout.tensors, layout.precision)
     _clean(model, {"rows": 2, "batch": 1} if guidance else {"batch": 1}, batch)
     return model
 
@@ -166,8 +166,9 @@ def _reference_weights(graph: ir.Graph, layout: WeightsLayout) -> None:
         graph.initializers[value.name] = value
     for name, stored in layout.tensors.items():
         if name != stored.parameter:
-            scale = ir.Value(name=name, const_value=layout.reference(name, stored.shape))
-            scale.shape, scale.dtype = ir.Shape(stored.shape), ir.DataType.FLOAT
+            held = layout.reference(name, stored.shape)
+            scale = ir.Value(name=name, const_value=held, type=ir.TensorType(held.dtype))
+            scale.shape = ir.Shape(stored.shape)
             graph.register_initializer(scale)
 
 

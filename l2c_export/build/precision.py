@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2c_export.build.quantize import dequantize, quantize
+from l2c_export.build.quantize import LARGEST, dequantize, quantize
 from l2c_export.core.precision import (
     Parameters,
     Precision,
@@ -29,7 +29,7 @@ def cast_model(model: nn.Module, config: Parameters, precision: Precision) -> No
     """Cast the blocks' linear layers in place, on the meta device as well as with real weights."""
     if not precision.cast:
         return
-    dtype, shapes = getattr(torch, precision.weights), config.parameters()
+    dtype, shapes = getattr(torch, precision.slots), config.parameters()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and in_block_linear(f"{name}.weight", shapes):
             module.to(dtype).register_forward_pre_hook(_narrow)
@@ -47,22 +47,28 @@ def _widen(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
     return out.float()
 
 
-def encode(name: str, tensor: Tensor, dtype: str) -> Iterator[Tensor]:
+def encode(name: str, tensor: Tensor, dtype: str, precision: Precision) -> Iterator[Tensor]:
     """What the weights file stores of a contiguous float32 parameter, in the file's order.
 
+    Args:
+        name: Of the parameter, for the message.
+        tensor: The parameter.
+        dtype: In which the file has it.
+        precision: Of the file.
+
     Raises:
-        L2CError: A value is beyond the dtype.
+        L2CError: A value is beyond the dtype that the layer computes in.
     """
-    if dtype == "int8":
-        yield from quantize(tensor)
-        return
-    stored = tensor.to(getattr(torch, dtype))
-    if dtype == "float16" and not torch.isfinite(stored).all():
+    computed = dtype if dtype == "float32" else precision.slots
+    if computed == "float16" and not torch.isfinite(tensor.half()).all():
         raise L2CError(
             f"tensor {name} has values up to {float(tensor.abs().max()):.3g}, beyond float16's 65504; "
             "build with --precision bfloat16"
         )
-    yield stored
+    if dtype in LARGEST:
+        yield from quantize(tensor, dtype, precision.slots)
+    else:
+        yield tensor.to(getattr(torch, dtype))
 
 
 def decode(
@@ -81,7 +87,7 @@ def decode(
     stored = stored_tensors(config, precision)
     return {
         name: dequantize(read(name), read(scale_name(name)))
-        if stored[name].dtype == "int8"
+        if stored[name].dtype in LARGEST
         else read(name).float()
         for name in config.parameters()
     }

@@ -1,9 +1,12 @@
-"""Linear layers with int8 weights: the tensors that are stored, and the graphs that use them.
+"""Linear layers with weights in 8 bits: the tensors that are stored, and the graphs that use them.
 
 Weights are symmetric, with one scale for each output; stored as (in, out), the layout in which int8
-matrix products take them. Of the layers that meet x the activations are quantised as well, asymmetric
-to uint8 with one scale for the tensor, chosen from the tensor itself at run time
-(``DynamicQuantizeLinear``). That needs no calibration, and ONNX Runtime makes one kernel of it. Layers
+matrix products take them, and in which TensorRT widens them inside of the product, without a transpose.
+
+Where weights alone are in 8 bits, every layer widens them to float16 when it runs. In precision int8,
+for CPUs, of the layers that meet x the activations are quantised as well, asymmetric to uint8 with one
+scale for the tensor, chosen from the tensor itself at run time (``DynamicQuantizeLinear``). That needs
+no calibration, and ONNX Runtime makes one kernel of it. Layers of that precision
 that are no part of a branch compute in float32, their weights widened when they run: the modulation,
 which meets a row and not its tokens, and the long skips, whose input is the residual stream itself,
 where one scale for all values costs most accuracy.
@@ -17,44 +20,54 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from l2c_export.core.precision import StoredTensor, in_branch, scale_name
+from l2c_export.core.precision import Precision, StoredTensor, in_branch, scale_name
+
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+"""The dtypes that are stored with scales, and the largest magnitude that each is used for."""
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, dtype: str = "int8", scales: str = "float32") -> tuple[Tensor, Tensor]:
     """Round a weight to 8 bits.
 
     Args:
         weight: (out, in) float32.
+        dtype: A key of :data:`LARGEST`.
+        scales: Dtype of the scales; values are rounded to steps of what this has left of them.
 
     Returns:
-        (in, out) int8 within ±127, and the (out,) float32 scale of each output.
+        (in, out) in ``dtype``, and the (out,) scale of each output.
     """
-    scale = weight.abs().amax(dim=1) / 127
+    largest = LARGEST[dtype]
+    scale = (weight.abs().amax(dim=1) / largest).to(getattr(torch, scales))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (weight / scale[:, None]).round_().to(torch.int8).T.contiguous(), scale
+    steps = (weight / scale.float()[:, None]).clamp_(-largest, largest)
+    narrow = steps.round_() if dtype == "int8" else steps
+    return narrow.to(getattr(torch, dtype)).T.contiguous(), scale
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """(in, out) int8 and (out,) scales to (out, in) float32."""
-    return (weight.float() * scale).T.contiguous()
+    """(in, out) in 8 bits and (out,) scales to (out, in) float32."""
+    return (weight.float() * scale.float()).T.contiguous()
 
 
-def quantize_graph(graph: ir.Graph, tensors: Mapping[str, StoredTensor]) -> None:
-    """Rewrite every Gemm whose weight is stored in int8; outputs keep their names.
+def quantize_graph(graph: ir.Graph, tensors: Mapping[str, StoredTensor], precision: Precision) -> None:
+    """Rewrite every Gemm whose weight is stored in 8 bits; outputs keep their names.
 
     Args:
         graph: Initializers are named and typed as they are stored, scales among them.
         tensors: What the weights file holds.
+        precision: Of the file.
     """
     for node in list(graph):
         if node.op_type != "Gemm":
             continue
         _, weight, *_ = node.inputs
         name = str(weight.name) if weight is not None else ""
-        if name not in tensors or tensors[name].dtype != "int8":
+        if name not in tensors or tensors[name].dtype not in LARGEST:
             continue
         scale = graph.initializers[scale_name(name)]
-        made = _dynamic(node, scale) if in_branch(name) else _weight_only(node, scale)
+        dynamic = precision.dynamic and in_branch(name)
+        made = _dynamic(node, scale) if dynamic else _weight_only(node, scale)
         out, last = node.outputs[0], made[-1].outputs[0]
         last.name, last.shape, last.type = out.name, out.shape, out.type
         graph.insert_before(node, made)

@@ -20,12 +20,19 @@ from l2c_export.core.models import ModelConfig, Shape
 from l2c_export.core.precision import FLOAT32, Precision, StoredTensor, stored_tensors
 
 _ALIGNMENT = 4096  # the data starts on a page, so that it can be mapped
-_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+_SAFETENSORS = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int8": "I8",
+    "float8_e4m3fn": "F8_E4M3",
+}
 _ONNX = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
     "int8": ir.DataType.INT8,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
 }
 
 
@@ -105,7 +112,7 @@ def _chunks(layout: WeightsLayout, tensors: Iterable[tuple[str, Tensor]]) -> Ite
     yield memoryview(layout.header)
     expected = iter(layout.spans.items())
     for name, tensor in tensors:
-        for stored in encode(name, tensor, layout.tensors[name].dtype):
+        for stored in encode(name, tensor, layout.tensors[name].dtype, layout.precision):
             wanted, (begin, end) = next(expected)
             array: Any = stored.reshape(-1).view(torch.uint8).numpy()
             if layout.tensors[wanted].parameter != name or array.size != end - begin:

@@ -80,7 +80,7 @@ def command(
     if backend in ENGINE_BACKENDS:
         from l2c_export.engines.build import target_families
 
-        target_families(engines(backend), plan.precision.slots)  # rather now than after the build
+        target_families(engines(backend), plan.precision)  # rather now than after the build
 
     folder = output or default_folder(options, len(plan.calls))
     weights = weights_from_options(options, checkpoint, random_weights)

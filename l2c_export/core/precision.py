@@ -17,7 +17,7 @@ from l2c_export.errors import L2CError
 Shape = tuple[int, ...]
 
 _BLOCKS = ("blocks.", "in_blocks.", "mid_block.", "out_blocks.")
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 
 
 class Parameters(Protocol):
@@ -36,17 +36,24 @@ class Precision:
         weights: Stored dtype of the weights of the blocks' linear layers.
         slots: Dtype of what those layers put out, and so of the cache slots.
         summary: What it is, in a line.
+        dynamic: Whether branches quantise what meets those weights, at run time, and multiply in int8.
     """
 
     name: str
     weights: str
     slots: str
     summary: str
+    dynamic: bool = False
 
     @property
     def cast(self) -> bool:
         """Whether the blocks' linear layers compute in a narrower floating-point type."""
-        return self.weights == self.slots != "float32"
+        return self.slots != "float32"
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the weights of the blocks' linear layers are stored in 8 bits, with scales."""
+        return self.weights != self.slots
 
     @property
     def slot_value_bytes(self) -> int:
@@ -64,7 +71,18 @@ PRECISIONS = {
         Precision(
             "bfloat16", "bfloat16", "bfloat16", "the blocks' linear layers and attention in bfloat16"
         ),
-        Precision("int8", "int8", "float32", "the blocks' linear layers in int8, for CPUs"),
+        Precision(
+            "int8", "int8", "float32", "the blocks' linear layers in int8, for CPUs", dynamic=True
+        ),
+        Precision(
+            "int8-weights", "int8", "float16", "float16, the blocks' weights in int8 with scales"
+        ),
+        Precision(
+            "float8-weights",
+            "float8_e4m3fn",
+            "float16",
+            "float16, the blocks' weights in float8 E4M3 with scales",
+        ),
     )
 }
 """What ``build --precision`` makes, by name."""
@@ -111,18 +129,16 @@ def stored_tensors(config: Parameters, precision: Precision) -> dict[str, Stored
     for name, shape in shapes.items():
         if not in_block_linear(name, shapes):
             stored[name] = StoredTensor(name, "float32", shape)
-        elif precision.weights != "int8":
-            stored[name] = StoredTensor(name, precision.weights, shape)
-        elif len(shape) == 1:
-            stored[name] = StoredTensor(name, "float32", shape)
+        elif len(shape) == 1 or not precision.scaled:
+            stored[name] = StoredTensor(name, precision.slots, shape)
         else:
-            stored[name] = StoredTensor(name, "int8", shape[::-1])
-            stored[scale_name(name)] = StoredTensor(name, "float32", shape[:1])
+            stored[name] = StoredTensor(name, precision.weights, shape[::-1])
+            stored[scale_name(name)] = StoredTensor(name, precision.slots, shape[:1])
     return stored
 
 
 def scale_name(weight: str) -> str:
-    """Name of the (out,) scales of an int8 weight, which is stored as (in, out)."""
+    """Name of the (out,) scales of a weight in 8 bits, which is stored as (in, out)."""
     return f"{weight}_scale"
 
 

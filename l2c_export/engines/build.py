@@ -11,6 +11,7 @@ import filelock
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle
 from l2c_export.core.engines import PORTABLE, UPDATE, EngineSet
 from l2c_export.core.plan_report import size
+from l2c_export.core.precision import Precision, precision_of
 from l2c_export.engines.folder import EngineFolder, Progress
 from l2c_export.engines.gpus import find_gpus
 from l2c_export.engines.network import (
@@ -63,7 +64,7 @@ class EngineBuild:
         self.check_memory()
         ort = request.backend == "ort"
         self.version = f"opset{OPSET}" if ort else builder_version(request.backend)
-        self.families = target_families(request, manifest.slots.dtype)
+        self.families = target_families(request, precision_of(manifest.precision))
 
     def check_memory(self, scratch: int = 0, code: int = 0) -> None:
         """Hold what a session needs against the limit.
@@ -111,8 +112,8 @@ class EngineBuild:
         return tuple(made)
 
 
-def target_families(request: EngineRequest, precision: str) -> tuple[tuple[str, ...], ...]:
-    """Targets that share engines, on this machine and for slots of this dtype.
+def target_families(request: EngineRequest, precision: Precision) -> tuple[tuple[str, ...], ...]:
+    """Targets that share engines, on this machine and for a bundle of this precision.
 
     TensorRT-RTX fuses no bias or activation into products for Turing, nor for a list with Turing in it,
     so Turing gets engines of its own.
@@ -132,15 +133,24 @@ def target_families(request: EngineRequest, precision: str) -> tuple[tuple[str, 
             f"TensorRT-RTX does not build for {', '.join(unknown)}, only for {', '.join(known)}; "
             "for other GPUs use --backend trt on a machine that has one"
         )
+    if precision.weights == "float8_e4m3fn" and (old := _without_float8(request.targets)):
+        raise UnsupportedError(
+            f"float8 needs sm89 or later, not {', '.join(old)}: build the bundle with "
+            "--precision int8-weights, or leave them out"
+        )
     others = tuple(target for target in request.targets if target != _TURING)
     if _TURING not in request.targets:
         return (others or (PORTABLE,),)
-    if precision != "float16":
+    if precision.slots != "float16":
         raise UnsupportedError(
-            f"TensorRT-RTX multiplies float16 alone on sm75, and the bundle's slots are {precision}: "
-            "build it with --precision float16, or leave sm75 out"
+            f"TensorRT-RTX multiplies float16 alone on sm75, and the bundle's slots are "
+            f"{precision.slots}: build it with --precision float16, or leave sm75 out"
         )
     return ((_TURING,), others) if others else ((_TURING,),)
+
+
+def _without_float8(targets: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(target for target in targets if int(target.removeprefix("sm")) < 89)
 
 
 def _this_gpu(asked: tuple[str, ...]) -> tuple[str, ...]:

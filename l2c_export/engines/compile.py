@@ -29,6 +29,10 @@ _KNOWN = (
         "HW-specific datatypes: b16",
         "sm75 has no bfloat16: build the bundle with --precision float16, or leave sm75 out",
     ),
+    (
+        "HW-specific datatypes: fp8",
+        "float8 needs sm89 or later: build the bundle with --precision int8-weights",
+    ),
     ("Target SM", "this release of TensorRT-RTX does not build for one of the targets"),
     (
         "CUDA initialization failure",

@@ -155,8 +155,9 @@ def update_network(manifest: Manifest) -> Network:
 
 
 def _multiplied(value: ir.Value) -> bool:
-    """Whether a matrix product reads it, as weight or as bias."""
-    return any(use.node.op_type in ("Gemm", "MatMul") for use in value.uses())
+    """Whether a matrix product reads it, as weight, bias, or the scales of a weight in 8 bits."""
+    readers = {"Gemm", "MatMul", "DequantizeLinear"}
+    return any(use.node.op_type in readers for use in value.uses())
 
 
 def _integers(name: str, values: list[int]) -> ir.Value:

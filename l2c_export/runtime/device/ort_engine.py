@@ -28,7 +28,7 @@ NETWORKS = "opset20"
 """Version of an engine set of the backend ``"ort"``: its plans are plain ONNX networks, which any ONNX
 Runtime and any device takes."""
 
-_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, for which numpy has no type
+_UNKNOWN_TO_NUMPY = {"bfloat16": 16, "float8_e4m3fn": 17}  # as onnx.TensorProto numbers them
 
 Address = int
 
@@ -152,7 +152,7 @@ class _Bound:
         made = self.session.io_binding()
         for values, bind in ((self._inputs, made.bind_input), (self._outputs, made.bind_output)):
             for name, value in values.items():
-                kind = _BFLOAT16 if value.dtype == "bfloat16" else np.dtype(value.dtype).type
+                kind = _UNKNOWN_TO_NUMPY.get(value.dtype) or np.dtype(value.dtype).type
                 bind(name, *self._place, kind, list(self.shape(name)), self.addresses[name])
         return made
 
