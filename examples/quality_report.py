@@ -149,8 +149,17 @@ def _draw_panel(panel: Any, rows: Sequence[Row], cost: str) -> None:
     panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.grid(True, which="both", color="#e4e4e4", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
+    top = 1.25 * max(np.mean(row.distance) for row in rows if row.method != "random")
+    bottom = 0.9 * min(np.mean(row.distance) for row in rows)
+    panel.set_ylim(bottom, top)
     for method, (colour, marker, line) in _STYLES.items():
         mine = sorted((row for row in rows if row.method == method), key=lambda row: row.macs)
+        for row in mine:
+            if np.mean(row.distance) > top:  # a mask that ruins the images; the others stay readable
+                text = f"↑ {np.mean(row.distance):.0f} ± {spread(row.distance):.0f}"
+                at = (_cost(row, cost), top * 0.93)
+                panel.annotate(text, at, color=colour, fontsize=8, ha="center")
+        mine = [row for row in mine if np.mean(row.distance) <= top]
         if not mine:
             continue
         panel.errorbar(
