@@ -262,8 +262,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="of the time measurement")
     parser.add_argument("--work", type=Path, default=Path("quality-work"), help="bundles and samples")
     parser.add_argument("--train", metavar="DATA", help="train all anew first; see train_demo.py")
-    parser.add_argument("-o", "--output", type=Path, default=HERE, help="for results.json, quality.png")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="for results.json, quality.png; a part of it goes to --work"
+    )
     options = parser.parse_args()
+    if options.repeats < 1 or options.seeds < 1 or options.samples < 1:
+        parser.error("--repeats, --seeds and --samples must be 1 or more")
+    shown = parser.get_default("samples"), parser.get_default("seeds"), None
+    if options.output is None:  # what is shipped is replaced by a whole run alone
+        whole = (options.samples, options.seeds, options.family) == shown
+        options.output = HERE if whole else options.work
     torch.set_num_threads(1)
     if options.train is not None:
         train_all(options.train, options.work)

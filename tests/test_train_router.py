@@ -332,6 +332,13 @@ def test_more_iterations_continue_a_training(job):
     assert train_router(longer).iterations == 8
 
 
+def test_fewer_iterations_than_were_made_are_refused(job):
+    train_router(job)
+    shorter = replace(job, recipe=replace(RECIPE, iterations=2), resume=True)
+    with pytest.raises(L2CError, match=f"has {RECIPE.iterations} iterations already"):
+        train_router(shorter)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

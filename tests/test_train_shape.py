@@ -34,7 +34,7 @@ def test_which_calls_a_router_decides(schedule, sampler, calls, routed, origins)
         ("pairs", "ddim", 0, "0 steps: the number of steps must be between"),
         ("pairs", "dpm-solver-2s", 2, "one solver step of them, .*; use 4 or more"),
         ("pairs", "dpm-solver-2s", 7, "two calls a solver step; use 6 or 8"),
-        ("pairs", "dpm-solver-3s", 2, "use 6 or more"),
+        ("pairs", "dpm-solver-3s", 2, "use 4 or more"),
         ("pairs", "plms", 6, "unknown sampler 'plms'"),
         ("every", "ddim", 1, "the first call can reuse nothing"),
         ("triples", "ddim", 6, "'triples' is unknown"),

@@ -523,6 +523,7 @@ def test_a_budget_that_nothing_keeps_still_shows_the_table(exported, command, ar
         (["--thresholds", "0.1,two"], 2, "'0.1,two' is not a list of thresholds"),
         (["--thresholds", "1.5"], 2, "'1.5' is not a list of thresholds in 0 … 1"),
         (["--latency-budget", "fast"], 2, "'fast' is neither a share such as 0.7 nor a time"),
+        (["--latency-budget", "80"], 2, "'80' is more than the uncached time; did you mean"),
         (["--latency-budget", "-1"], 2, "'-1' is neither a share"),
         (["--latency-budget", "0.7", "--drift-budget", "1"], 2, "give one of them"),
         (["--drift-budget", "0"], 2, "0.0 is not in the range"),

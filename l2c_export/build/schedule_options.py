@@ -127,9 +127,7 @@ def router_from_options(options: ScheduleOptions, config: ModelConfig) -> Router
     path = options.router
     if path is None:
         if options.model is None:
-            raise L2CError(
-                "there is no released router for this model; use --router FILE or --uncached"
-            )
+            raise L2CError("there is no released router for this model; use --router FILE")
         from l2c_export.build.download import find_router
 
         path = find_router(options.model, options.sampler_name, options.steps or _DEFAULT_CALLS)

@@ -54,7 +54,7 @@ def _by_family(field: str) -> str:
     type=click.Choice(SCHEDULES),
     default="pairs",
     show_default=True,
-    help="Route every second call, or every call but the first (with --no-data).",
+    help="Route one call of each pair or solver step, or every call but the first (with --no-data).",
 )
 @click.option(
     "--iterations",

@@ -44,6 +44,8 @@ def _latency(ctx: click.Context, param: click.Parameter, value: str | None) -> B
     number *= {"%": 0.01, "s": 1000.0}.get(unit or "", 1.0)
     if not 0 < number < math.inf:
         raise click.BadParameter(f"{value!r} is neither a share such as 0.7 nor a time such as 250ms")
+    if unit in (None, "%") and number > 1:
+        raise click.BadParameter(f"{value!r} is more than the uncached time; did you mean % or ms?")
     return Budget("ms" if unit in ("ms", "s") else "share", number)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,6 +72,14 @@ def _objectives(budget: Budget) -> tuple[Callable[[Row], float], Callable[[Row],
     return (share if budget.kind == "share" else lambda row: float(row["time"]["ms"])), drift
 
 
+def _rounded_up(value: float) -> float:
+    """Four digits, and never less: a budget of the result is one that can be kept."""
+    if value <= 0:
+        return value
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.4g}")
+
+
 def check_budget(data: dict[str, Any]) -> None:
     """Say what the best is where nothing keeps the budget.
 
@@ -82,7 +91,7 @@ def check_budget(data: dict[str, Any]) -> None:
     budget = Budget(**data["budget"])
     limited, _ = _objectives(budget)
     best = min(data["rows"], key=limited)
-    value = replace(budget, limit=round(limited(best), 4))
+    value = replace(budget, limit=_rounded_up(limited(best)))
     raise L2CError(
         f"no schedule keeps the budget of {budget}: the best is {best['name']} at "
         f"--threshold {best['threshold']}, with {value}"

@@ -44,6 +44,11 @@ def _row_lines(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _drift(value: float, digits: int = 1) -> str:
+    """With four places; smaller values in few characters, ``digits`` of them after the first."""
+    return f"{value:.4f}" if value == 0 or value >= 1e-3 else f"{value:.{digits}e}"
+
+
 def _row_line(row: Row) -> str:
     mark = ">" if row["chosen"] else "*" if row["front"] else " "
     removed = f"{row['removed']} of {row['routed']}"
@@ -51,7 +56,7 @@ def _row_line(row: Row) -> str:
         f"{mark} {row['threshold']!s:7} {removed:>12} {100 * row['removed_share']:5.1f} "
         f"{100 * row['macs_share']:5.1f} {row['graphs']:6} {size(row['cache_bytes']):>9} "
         f"{100 * row['predicted']['share']:9.1f}  {_measured(row):21} "
-        f"{row['drift']['mean']:.4f} ± {row['drift']['standard_error']:.4f}"
+        f"{_drift(row['drift']['mean'])} ± {_drift(row['drift']['standard_error'], 0)}"
     )
 
 
@@ -102,5 +107,5 @@ def _choice(row: Row, budget: Budget) -> str:
     time, drift = row["time"], row["drift"]["mean"]
     return (
         f"within {budget}: {row['name']} at θ = {row['threshold']}: {time['ms']:.4g} ms a latent, "
-        f"{100 * time['share']:.1f} % of uncached; drift {drift:.4f}"
+        f"{100 * time['share']:.1f} % of uncached; drift {_drift(drift)}"
     )

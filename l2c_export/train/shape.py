@@ -52,9 +52,10 @@ def make_shape(schedule: str, sampler: str, calls: int) -> Shape:
         return Shape(calls, tuple(range(1, calls)), None)
     if (step := SAMPLERS[sampler].calls_per_step) > 1:
         if len(starts) < 2:
+            least = step + 1 if sampler == "dpm-solver-3s" else 2 * step  # its last steps are shorter
             raise L2CError(
                 f"--steps {calls}: {sampler} makes one solver step of them, and the second is the "
-                f"first to reuse anything; use {2 * step} or more"
+                f"first to reuse anything; use {least} or more"
             )
         return Shape(calls, starts[1:], starts[:-1])
     if calls < 2 or calls % 2:

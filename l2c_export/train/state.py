@@ -91,7 +91,7 @@ def read_state(
         Iterations made, and the (rows,) weights of the errors.
 
     Raises:
-        L2CError: There is no checkpoint, it is damaged, or it is of another training.
+        L2CError: There is no checkpoint, it is damaged, or it is of another or a longer training.
     """
     tensors, state = _read(path)
     if state["model"] != run.config.to_json():
@@ -107,6 +107,10 @@ def read_state(
             f"training checkpoint {path} is of another training: {'; '.join(changed[:3])}; "
             f"use the same options, or {_AGAIN}"
         )
+    if (done := int(state["iteration"])) > here["iterations"]:
+        raise L2CError(
+            f"training checkpoint {path} has {done} iterations already; use --iterations {done} or more"
+        )
     row = (len(logits),)
     shapes = {"logits": (*row, *logits[0].shape), "step": row, "importance": row}
     for name, tensor in tensors.items():
@@ -117,7 +121,7 @@ def read_state(
         if tensors["step"][i] > 0:
             moments = {name: tensors[name][i].clone().to(parameter.device) for name in _MOMENTS[1:]}
             optimizer.state[parameter] = {"step": tensors["step"][i].clone()} | moments
-    return int(state["iteration"]), tensors["importance"]
+    return done, tensors["importance"]
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
