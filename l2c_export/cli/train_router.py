@@ -140,6 +140,8 @@ def command(model: str | None, model_config: Path | None, as_json: bool, **value
 
 
 def _config(model: str | None, model_config: Path | None) -> ModelConfig:
-    if (model is None) == (model_config is None):
-        raise click.UsageError("give one of --model NAME and --model-config FILE")
-    return preset(model) if model is not None else read_model_config(model_config)  # type: ignore[arg-type]
+    if model is not None and model_config is None:
+        return preset(model)
+    if model_config is not None and model is None:
+        return read_model_config(model_config)
+    raise click.UsageError("give one of --model NAME and --model-config FILE")

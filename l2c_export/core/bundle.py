@@ -212,10 +212,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _serialise(manifest: Manifest) -> str:
-    data = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    return digested({"format": FORMAT, "version": VERSION, **asdict(manifest)})
+
+
+def digested(data: dict[str, Any]) -> str:
+    """JSON text whose last entry, ``digest``, is the SHA-256 of the text without it."""
     text = json.dumps(data, indent=1, ensure_ascii=False)
-    data["digest"] = hashlib.sha256(text.encode()).hexdigest()
-    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps(data | {"digest": digest}, indent=1, ensure_ascii=False) + "\n"
+
+
+def parse_values(entries: Iterable[Mapping[str, Any]]) -> tuple[Value, ...]:
+    """Inputs or outputs, from their JSON."""
+    return tuple(Value(v["name"], v["dtype"], tuple(v["shape"])) for v in entries)
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -261,9 +270,6 @@ def read_bundle(path: Path) -> Bundle:
 
 
 def _parse(data: Mapping[str, Any]) -> Manifest:
-    def values(entries: Iterable[Mapping[str, Any]]) -> tuple[Value, ...]:
-        return tuple(Value(v["name"], v["dtype"], tuple(v["shape"])) for v in entries)
-
     plain = {k: v for k, v in data.items() if k not in {"format", "version", "digest"}}
     slots, guidance = data["slots"], data["guidance"]
     return Manifest(
@@ -274,7 +280,7 @@ def _parse(data: Mapping[str, Any]) -> Manifest:
             "guidance": Guidance(**guidance) if guidance else None,
             "slots": Slots(tuple(slots["names"]), tuple(slots["shape"]), slots["dtype"]),
             "graphs": {
-                name: Graph(g["file"], values(g["inputs"]), values(g["outputs"]))
+                name: Graph(g["file"], parse_values(g["inputs"]), parse_values(g["outputs"]))
                 for name, g in data["graphs"].items()
             },
             "calls": tuple(ProgramCall(**call) for call in data["calls"]),

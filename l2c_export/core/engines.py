@@ -27,7 +27,9 @@ from l2c_export.core.bundle import (
     Manifest,
     ProgramCall,
     Value,
+    digested,
     leaves_folder,
+    parse_values,
 )
 from l2c_export.core.files import key_of, replacing, sha256
 from l2c_export.errors import L2CError, UnsupportedError
@@ -214,10 +216,7 @@ def write_record(folder: Path, engines: EngineSet) -> None:
 
 
 def _serialise(engines: EngineSet) -> str:
-    data = {"format": FORMAT, "version": VERSION, "engines": asdict(engines)}
-    text = json.dumps(data, indent=1)
-    data["digest"] = hashlib.sha256(text.encode()).hexdigest()
-    return json.dumps(data, indent=1) + "\n"
+    return digested({"format": FORMAT, "version": VERSION, "engines": asdict(engines)})
 
 
 def read_record(folder: Path) -> EngineSet:
@@ -254,11 +253,7 @@ def engine_from_json(entry: Mapping[str, Any]) -> Engine:
     Raises:
         KeyError, TypeError: It is something else.
     """
-
-    def values(key: str) -> tuple[Value, ...]:
-        return tuple(Value(v["name"], v["dtype"], tuple(v["shape"])) for v in entry[key])
-
-    interface = {key: values(key) for key in ("inputs", "weights", "outputs")}
+    interface = {key: parse_values(entry[key]) for key in ("inputs", "weights", "outputs")}
     return Engine(**{**entry, **interface, "constants": tuple(entry["constants"])})
 
 
