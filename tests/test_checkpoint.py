@@ -16,10 +16,10 @@ from torch import Tensor
 
 from l2c_export.build.checkpoint import (
     Checkpoint,
-    config_from_diffusers,
     open_checkpoint,
     random_checkpoint,
 )
+from l2c_export.build.diffusers_folder import config_from_diffusers
 from l2c_export.build.dit import DiT
 from l2c_export.core.models import PRESETS, DiTConfig, read_model_config
 from l2c_export.errors import L2CError

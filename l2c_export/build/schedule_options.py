@@ -54,7 +54,7 @@ class ScheduleOptions:
         """The model's configuration."""
         if self.model_config is not None:
             if self.model_config.is_dir():
-                from l2c_export.build.checkpoint import config_from_diffusers
+                from l2c_export.build.diffusers_folder import config_from_diffusers
 
                 return config_from_diffusers(self.model_config)
             return read_model_config(self.model_config)
