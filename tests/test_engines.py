@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import filelock
 import killing
@@ -25,6 +26,7 @@ from l2c_export.engines.compile import explain
 from l2c_export.engines.folder import JOURNAL, EngineFolder
 from l2c_export.engines.gpus import Gpu
 from l2c_export.engines.network import engine_network, update_network
+from l2c_export.engines.polygraphy import reduce_command
 from l2c_export.engines.price import largest_sizes
 from l2c_export.engines.request import EngineRequest, parse_targets
 from l2c_export.errors import L2CError, UnsupportedError
@@ -345,6 +347,20 @@ def test_what_a_user_can_do_comes_before_the_builders_own_words(error, way_out):
     assert way_out in said
     assert said.endswith(f"the builder says: {error}")
     assert explain("something new") == "something new"
+
+
+def test_polygraphy_is_told_what_the_builder_was_told():
+    network = Path("a b") / "step-1.onnx"
+    common = (
+        "polygraphy debug reduce 'a b/step-1.onnx' -o 'a b/step-1.reduced.onnx'{} --check polygraphy "
+        "convert polygraphy_debug.onnx --convert-to trt -o reduced.plan "
+    )
+    assert reduce_command("trt", network) == common.format("") + "--strongly-typed"
+    assert reduce_command("rtx", network, ("sm75", "sm120"), Path("b")) == (
+        "POLYGRAPHY_USE_TENSORRT_RTX=1 "
+        + common.format(" --external-data-dir b")
+        + "--compute-capabilities 7.5 12.0"
+    )
 
 
 # -- the command ------------------------------------------------------------------------------------

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 @profile_option("backend", *ENGINE_KEYS)
 @click.option("--dry-run", is_flag=True, help="Show what would be built and its price.")
 @click.option("--report", is_flag=True, help="Show the engines that BUNDLE has, and build nothing.")
+@click.option(
+    "--networks",
+    type=FILE,
+    metavar="DIR",
+    help="Write what would be built from, with inputs for Polygraphy, and build nothing.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
 def command(
     bundle: Path,
@@ -38,9 +44,12 @@ def command(
     engines: Callable[[str], EngineRequest],
     dry_run: bool,
     report: bool,
+    networks: Path | None,
     as_json: bool,
 ) -> None:
     """Build engines for BUNDLE: one for each step graph, the conditioning and the sampler."""
+    if dry_run + report + (networks is not None) > 1:
+        raise click.UsageError("give one of --dry-run, --report and --networks")
     opened = read_bundle(bundle)
     if report:
         from l2c_export.engines.report import engines_json, engines_text
@@ -51,6 +60,9 @@ def command(
         else:
             text = [engines_text(opened, made) for made in found]
             click.echo("\n\n".join(text) or f"{bundle} has no engines")
+        return
+    if networks is not None:
+        show_networks(opened, engines(backend), networks, as_json)
         return
     build = plan_engines(opened, engines(backend), shown=not as_json or dry_run, as_json=as_json)
     if dry_run:
@@ -73,6 +85,24 @@ def plan_engines(
     if shown:
         click.echo(json.dumps(plan_json(build)) if as_json else plan_text(build))
     return build
+
+
+def show_networks(bundle: Bundle, request: EngineRequest, folder: Path, as_json: bool) -> None:
+    """Write the networks that engines are built from, and say what can be done with them."""
+    from l2c_export.engines.build import EngineBuild
+    from l2c_export.evidence.networks import SCRIPT, write_networks
+
+    functions = write_networks(EngineBuild(bundle, request), folder)
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "inputs": functions}))
+        return
+    fed = sum(map(bool, functions.values()))
+    click.echo(f"{len(functions)} networks in {folder}, {fed} of them with the inputs of a call")
+    name = bundle.manifest.calls[0].graph
+    run = f"polygraphy run {folder / name}.onnx --onnxrt"
+    if functions[name]:
+        run += f" --data-loader-script {folder / SCRIPT}:{functions[name]}"
+    click.echo(f"next, for example: {run}")
 
 
 def run_build(build: EngineBuild, *, shown: bool) -> tuple[EngineSet, ...]:

@@ -16,6 +16,7 @@ from l2c_export.engines.folder import EngineFolder, Progress
 from l2c_export.engines.gpus import find_gpus
 from l2c_export.engines.network import (
     OPSET,
+    Network,
     engine_network,
     narrow_products,
     update_network,
@@ -102,14 +103,18 @@ class EngineBuild:
         made = []
         with _own(self.bundle.path):
             for targets in self.families:
-                networks = self.networks
-                if targets == (_TURING,):
-                    networks = {name: narrow_products(network) for name, network in networks.items()}
+                networks = self.networks_for(targets)
                 folder = EngineFolder(
                     self.bundle, networks, self.request, self.version, targets, self.check_memory
                 )
                 made.append(folder.run(progress))
         return tuple(made)
+
+    def networks_for(self, family: tuple[str, ...]) -> dict[str, Network]:
+        """Name of each engine to the network that it is built from for one of :attr:`families`."""
+        if family == (_TURING,):
+            return {name: narrow_products(network) for name, network in self.networks.items()}
+        return self.networks
 
 
 def target_families(request: EngineRequest, precision: Precision) -> tuple[tuple[str, ...], ...]:

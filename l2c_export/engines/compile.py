@@ -128,7 +128,10 @@ def _result(code: int, out: bytes, errors: bytes) -> float:
 
 def explain(error: str) -> str:
     """What a user can do about a builder's error, if that is known, and then the error."""
-    for sign, way_out in _KNOWN:
-        if sign.lower() in error.lower():
-            return f"{way_out}; the builder says: {error}"
-    return error
+    known = way_out(error)
+    return f"{known}; the builder says: {error}" if known else error
+
+
+def way_out(error: str) -> str | None:
+    """What a user can do about a builder's error, explained or not, if that is known."""
+    return next((known for sign, known in _KNOWN if sign.lower() in error.lower()), None)

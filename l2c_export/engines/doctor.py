@@ -72,6 +72,7 @@ def diagnose(bundle: Bundle | None = None) -> Diagnosis:
             _packages("build bundles", ("torch", "onnx", "onnxscript", "onnx_ir"), "build"),
             _builder("rtx", gpus, no_gpu),
             _builder("trt", gpus, no_gpu),
+            _packages("look inside engines", ("polygraphy", "onnx_graphsurgeon"), "debug"),
             _onnxruntime("CPUExecutionProvider", "run on the CPU", "ort"),
             _on_gpu(_onnxruntime("CUDAExecutionProvider", "run with ort-cuda", "ort"), no_gpu),
             _on_gpu(_library("rtx"), no_gpu),

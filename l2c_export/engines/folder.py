@@ -36,13 +36,14 @@ from l2c_export.core.engines import (
     write_record,
 )
 from l2c_export.core.files import key_of, remove_partial, replacing, sha256, write_json
-from l2c_export.engines.compile import compile_network
+from l2c_export.engines.compile import compile_network, way_out
 from l2c_export.engines.inspection import Fusion, Inspection, check_interface, fusion, read_log
 from l2c_export.engines.network import Network
+from l2c_export.engines.polygraphy import INSTALL, reduce_command
 from l2c_export.engines.price import largest_sizes
 from l2c_export.engines.request import EngineRequest
 from l2c_export.engines.tensorrt_api import BuildOptions
-from l2c_export.errors import L2CError
+from l2c_export.errors import L2CError, UnsupportedError
 
 _log = logging.getLogger(__name__)
 
@@ -225,11 +226,16 @@ class EngineFolder:
                 self.request.backend, network.model, beside, self._options(network), plan, log, tick
             )
         except L2CError as error:
-            # for the tools that tell more, such as: polygraphy inspect capability
-            network_file = self.path / f"{graph}.onnx"
-            network_file.write_bytes(network.model)
-            kept = f"(network: {network_file}, log: {log})"
-            raise type(error)(f"engine of {graph}: {error} {kept}") from None
+            kept = self.path / f"{graph}.onnx"
+            kept.write_bytes(network.model)
+            said = f"engine of {graph}: {error} (network: {kept}, log: {log})"
+            if not isinstance(error, UnsupportedError) and way_out(str(error)) is None:
+                beside_it = self.bundle.path if self.constant else None
+                command = reduce_command(
+                    self.request.backend, kept, self._options(network).targets, beside_it
+                )
+                said += f"; to find the nodes that fail: {INSTALL}; {command}"
+            raise type(error)(said) from None
 
     def _inspected(self, made: Engine, network: Network) -> Engine:
         inspection = inspect_log(self.log(made.graph))
