@@ -307,13 +307,21 @@ def _watch_compiles(folder) -> list[str]:
     return told
 
 
-def test_attention_and_mlp_of_uvit_are_fused_too(tmp_path):
-    config = UViTConfig(2, 128, 2, 2, 16, num_classes=10)
+def test_uvit_is_fused_too_and_emitting_its_caches_adds_no_kernel(tmp_path):
+    config = UViTConfig(4, 128, 2, 2, 16, num_classes=10)
     (tmp_path / "model.json").write_text(json.dumps(config.to_json()))
-    options = {"uncached": True, "steps": 2, "precision": "float16"}
+    options = {"policy": "fora:2", "steps": 4, "precision": "float16"}
     plan = plan_from_options(ScheduleOptions(model_config=tmp_path / "model.json", **options))
     bundle = build_bundle(tmp_path / "bundle", tiny.request(plan, batch=(1, 1)))
-    fusion = built(engine_network(bundle, bundle.manifest.uncached), tmp_path, "sm89")
-    blocks = len(bundle.manifest.slots.names) // 2
-    assert fusion.fused_attentions == fusion.attentions == blocks
-    assert fusion.loose_activations == 0
+    manifest = bundle.manifest
+    emitting = max(manifest.step_graphs(), key=lambda name: len(manifest.graphs[name].outputs))
+    assert len(manifest.graphs[emitting].outputs) == 1 + len(manifest.slots.names)
+    emits, none = (
+        built(engine_network(bundle, graph), tmp_path, "sm89")
+        for graph in (emitting, manifest.uncached)
+    )
+    assert emits.kernels <= none.kernels <= 11 * config.blocks
+    for fusion in (emits, none):
+        assert fusion.fused_attentions == fusion.attentions == config.blocks
+        assert fusion.loose_activations == 0
+    assert emits.loose_biases == 0  # else attention's is added where the residual is normed
