@@ -18,6 +18,7 @@ from l2c_export.cli import cli
 from l2c_export.core.bundle import read_bundle
 from l2c_export.core.engines import UPDATE, read_record, unpack_plans
 from l2c_export.core.models import UViTConfig
+from l2c_export.core.plan_report import size
 from l2c_export.core.precision import scale_name
 from l2c_export.engines.build import EngineBuild
 from l2c_export.engines.request import EngineRequest
@@ -134,11 +135,15 @@ def test_verify_names_the_first_bad_call_of_a_device(folder, tmp_path, monkeypat
 
 def test_bench_measures_the_whole_trajectory_and_each_call(folder, tmp_path):
     report = tmp_path / "bench.json"
-    options = ("--backend", "lookalike", "--threads", 1, "--repeats", 1, "--no-memory")
-    invoke("bench", folder, *options, "--report", report)
+    options = ("--backend", "lookalike", "--threads", 1, "--repeats", 1)
+    output = invoke("bench", folder, *options, "--report", report)
     found = json.loads(report.read_text())
     assert len(found["calls"]) == len(read_bundle(folder).manifest.calls)
     assert found["speed"]["cached_seconds"]["median"] > 0
+    held, session = found["memory"]["device_bytes"], Runner.load(folder, "lookalike").session(1)
+    assert held == {"weights": session._shared.weights.size, **session.bytes}
+    assert held["buffers"] > found["memory"]["cache_bytes"]
+    assert f"on the device: weights {size(held['weights'])}, buffers" in output
 
 
 @pytest.mark.parametrize("command", ["verify", "bench", "run"])

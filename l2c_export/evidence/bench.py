@@ -266,7 +266,11 @@ def _all_reuse(manifest: Manifest, runs: _Runs) -> dict[str, Any] | None:
 def measure_memory(
     path: Path, manifest: Manifest, backend: str = "ort", batch: int = 1, threads: int = 1
 ) -> dict[str, Any]:
-    """What a process that does nothing but run the bundle holds after a whole trajectory."""
+    """What a process that does nothing but run the bundle holds after a whole trajectory.
+
+    On a device that is what the runner has allocated there, for each purpose: not the code of engines,
+    nor what ONNX Runtime takes for itself.
+    """
     weights, caches = manifest.files[WEIGHTS].bytes, cache_bytes(manifest, batch)
     sizes = {
         "weight_bytes": weights,
@@ -276,6 +280,8 @@ def measure_memory(
     }
     with Child("memory", _arguments(path, batch, threads) | {"backend": backend}) as child:
         held = sizes | child.answer()
+    if held["device_bytes"] is not None:
+        return held
     if proportional_set_size() is None:
         return held | {"skipped": "PSS needs /proc/self/smaps_rollup, which only Linux has"}
     return held | {"of_weights": (held["pss_bytes"] - caches) / weights}

@@ -92,6 +92,9 @@ def _memory_lines(memory: dict[str, Any]) -> list[str]:
         f"bundle      {size(memory['bundle_bytes'])}, of which weights {size(memory['weight_bytes'])}; "
         f"loaded in {memory['load_seconds']:.2f} s, digests checked"
     ]
+    if parts := memory["device_bytes"]:
+        each = ", ".join(f"{purpose} {size(count)}" for purpose, count in parts.items())
+        return [*lines, f"memory      {size(sum(parts.values()))} on the device: {each}"]
     if "skipped" in memory:
         return [*lines, f"memory      not measured: {memory['skipped']}"]
     return [

@@ -16,12 +16,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import l2c_export
 from l2c_export.core.bundle import read_bundle
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.evidence.machine import anonymous_memory, proportional_set_size
+
+if TYPE_CHECKING:
+    from l2c_export.runtime import Runner
+    from l2c_export.runtime.device.backend import DeviceBackend
+    from l2c_export.runtime.device.session import DeviceSession
+    from l2c_export.runtime.session import AnySession
 
 
 class Child:
@@ -94,15 +100,27 @@ def _memory(bundle: str, backend: str, batch: int, threads: int) -> None:
     runner = Runner.load(bundle, backend, threads)
     loaded = time.perf_counter() - start
     labels = [i % runner.manifest.classes for i in range(batch)]
-    runner.sample(labels, seed=0)
+    session = runner.session(batch)
+    session.start(labels, seed=0)
+    session.run()
+    _ = session.x  # waits for a device
     _say(
         {
             "load_seconds": loaded,
+            "device_bytes": _device_bytes(runner, session),
             "imports_pss_bytes": before,
             "pss_bytes": proportional_set_size(),
             "anonymous_bytes": anonymous_memory(),
         }
     )
+
+
+def _device_bytes(runner: Runner, session: AnySession) -> dict[str, int] | None:
+    """Purpose to bytes that the runner and a session hold on a device; None where there is none."""
+    if not hasattr(session, "bytes"):
+        return None
+    weights = cast("DeviceBackend", runner.backend).weights
+    return {"weights": weights.size, **cast("DeviceSession", session).bytes}
 
 
 def _torch(bundle: str, batch: int, threads: int) -> None:

@@ -212,7 +212,9 @@ class Comparison:
         return relative_error(output, record.output.numpy()), slots
 
     def _stored(self, value: Tensor) -> Array:
-        """A branch output of the reference in the bundle's own dtype."""
+        """A branch output of the reference in the bundle's own dtype; bfloat16 in float32."""
+        if self.manifest.slots.dtype == "bfloat16":
+            return value.bfloat16().float().numpy()
         return value.numpy().astype(self.manifest.slots.dtype, copy=False)
 
     def _blame(self, i: int, call: ProgramCall, record: Record, tolerance: float) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime.backends import Array
 from l2c_export.runtime.device.arrays import Borrowed, DeviceArray, on_device
+from l2c_export.runtime.device.bfloat16 import from_stored, host_type, stored_type, to_stored
 from l2c_export.runtime.device.calls import Calls, Shared
 from l2c_export.runtime.device.memory import Arena, padded
 from l2c_export.runtime.inputs import (
@@ -23,7 +24,7 @@ from l2c_export.runtime.inputs import (
 )
 from l2c_export.runtime.noise import NoiseSource, noise_source
 from l2c_export.runtime.sampler_state import Floats
-from l2c_export.runtime.session import CallResult, dtype_of, uncached_program
+from l2c_export.runtime.session import CallResult, uncached_program
 
 _log = logging.getLogger(__name__)
 
@@ -163,14 +164,16 @@ class DeviceSession(Calls):
     def slot(self, name: str) -> Array:
         """(rows, …) a copy of a stored slot: the rows of the labels, then those of the null label.
 
+        A slot in bfloat16 comes in float32.
+
         Raises:
             L2CError: Nothing is stored under that name at this point of the trajectory.
         """
         if name not in self._held:
             raise L2CError(f"slot {name!r} is not stored after {self._index} calls")
         with self._device.current():
-            buffer = f"slot.{self._held[name]}"
-            return self._fetched(buffer, self._slot_shape, dtype_of(self._manifest.slots.dtype))
+            buffer, dtype = f"slot.{self._held[name]}", self._manifest.slots.dtype
+            return from_stored(self._fetched(buffer, self._slot_shape, stored_type(dtype)), dtype)
 
     def result(self, out: Any = None) -> Any:
         """The latent in device memory, there when the stream of :meth:`start` gets there.
@@ -206,19 +209,21 @@ class DeviceSession(Calls):
     ) -> tuple[Floats, dict[str, Array]]:
         """Run one call of the started program on given inputs; the trajectory stays where it is.
 
-        As :meth:`l2c_export.runtime.Session.run_call`.
+        As :meth:`l2c_export.runtime.Session.run_call`; slots in bfloat16 go in and out in float32, and
+        what goes in is rounded.
         """
         if not 0 <= index < len(self._program):
             raise L2CError(f"there is no call {index}; the started program has {len(self._program)}")
         call, given = self._program[index], dict(reads or {})
         if set(given) != set(call.reads):
             raise L2CError(f"call {index} reads {sorted(call.reads)}, not {sorted(given)}")
-        dtype = dtype_of(self._manifest.slots.dtype)
+        dtype = self._manifest.slots.dtype
         arrays = {"x": check_floats(x, self._shape, np.dtype(np.float32), "x")}
         for slot, value in given.items():
-            arrays[slot] = check_floats(value, self._slot_shape, dtype, f"slot {slot}")
+            checked = check_floats(value, self._slot_shape, host_type(dtype), f"slot {slot}")
+            arrays[slot] = to_stored(checked, dtype)
         results: dict[str, Array] = {"output": np.empty(self._shape, np.float32)}
-        results |= {slot: np.empty(self._slot_shape, dtype) for slot in call.writes}
+        results |= {slot: np.empty(self._slot_shape, stored_type(dtype)) for slot in call.writes}
         sizes = {name: array.nbytes for name, array in (arrays | results).items()}
         with self._device.current():
             probe = Arena(self._device, "a single call", sizes)
@@ -233,7 +238,7 @@ class DeviceSession(Calls):
                 self._device.synchronize(self.stream)
             finally:
                 probe.close()
-        return results.pop("output"), results
+        return results.pop("output"), {s: from_stored(bits, dtype) for s, bits in results.items()}
 
     # -- what is enqueued -----------------------------------------------------------------------
 
