@@ -23,6 +23,7 @@ from l2c_export.core.precision import scale_name
 from l2c_export.engines.build import EngineBuild
 from l2c_export.engines.request import EngineRequest
 from l2c_export.errors import L2CError
+from l2c_export.evidence.verify import Settings, verify
 from l2c_export.runtime import Runner
 from l2c_export.runtime.device import ort_engine
 from l2c_export.runtime.device.host import HostDevice
@@ -131,6 +132,13 @@ def test_verify_names_the_first_bad_call_of_a_device(folder, tmp_path, monkeypat
         "verify", folder, "--backend", "lookalike", "--report", tmp_path / "verify.json", code=3
     )
     assert "verification FAILED in call 0" in output
+
+
+def test_an_output_that_is_not_finite_on_a_device_is_a_verdict(folder):
+    runner = Runner.load(folder, "lookalike", threads=1)
+    runner.backend.device.view(runner.backend.weights["final_layer.linear.weight"], 4).fill(0xFF)
+    assert "call 0 " in (failure := verify(runner, Settings(batch=1)).failure)
+    assert failure.endswith("the output holds NaN or Inf")
 
 
 def test_bench_measures_the_whole_trajectory_and_each_call(folder, tmp_path):

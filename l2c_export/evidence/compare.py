@@ -226,7 +226,7 @@ class Comparison:
 
         if math.isnan(self._forced(i, call, record)[0]):
             values = self.branches(record.x.numpy(), call.timestep)
-            bad = (n for n in self.manifest.slots.names if not np.isfinite(values[n]).all())
+            bad = (n for n, value in values.items() if not np.isfinite(value).all())
             return next(bad, "")
         zeros = {name: torch.zeros_like(record.branches[name]) for name in call.reads}
         if not self._probe(i, record, zeros) <= tolerance:

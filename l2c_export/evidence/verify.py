@@ -23,6 +23,7 @@ from l2c_export.core.files import sha256
 from l2c_export.errors import L2CError, UnsupportedError, VerificationError
 from l2c_export.evidence.compare import CallErrors, Comparison, Tolerance, rank, relative_error
 from l2c_export.evidence.machine import machine_json, package_version
+from l2c_export.runtime.backends import load_backend
 
 if TYPE_CHECKING:
     from l2c_export.evidence.reference import Reference
@@ -179,8 +180,17 @@ def verify(runner: Runner, settings: Settings, progress: Progress = lambda *_: N
 def full_branches(
     runner: Runner, labels: NDArray[np.int64], scale: float, x: NDArray[np.float32], timestep: float
 ) -> dict[str, NDArray[Any]]:
-    """Every slot's (rows, …) value in one call of the bundle's uncut graph, which reuses nothing."""
+    """Every slot's (rows, …) value in one call of the bundle's uncut graph, which reuses nothing.
+
+    Engines are built of no uncut graph, so beside a device it runs on the CPU; none where that cannot.
+    """
     manifest = runner.manifest
+    try:
+        engines = hasattr(runner.backend, "engines")
+        backend = load_backend("ort", runner.bundle) if engines else runner.backend
+        full = backend.load(manifest.full)
+    except UnsupportedError:
+        return {}
     graph, rows = manifest.graphs[manifest.full], len(labels) * manifest.rows
     if manifest.guidance:
         labels = np.concatenate([labels, np.full_like(labels, manifest.guidance.null_label)])
@@ -193,7 +203,7 @@ def full_branches(
     shape = (rows, *manifest.slots.shape)
     slots = {name: np.empty(shape, manifest.slots.dtype) for name in manifest.slots.names}
     taken = {value.name: inputs[value.name] for value in graph.inputs}
-    runner.graph(manifest.full).bind(taken, {"output": np.empty_like(x), **slots})()
+    full.bind(taken, {"output": np.empty_like(x), **slots})()
     return slots
 
 
