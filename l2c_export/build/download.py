@@ -146,6 +146,11 @@ def find_router(preset: str, sampler: str, steps: int) -> Path:
     return fetch(ROUTERS[preset, sampler, steps])
 
 
+def released_for(digest: str) -> str | None:
+    """The preset that a released router with this SHA-256 is for; None of any other file."""
+    return next((preset for (preset, *_), file in ROUTERS.items() if file.sha256 == digest), None)
+
+
 def cache_dir() -> Path:
     """$L2C_EXPORT_CACHE, or the platform's folder for caches."""
     if chosen := os.environ.get("L2C_EXPORT_CACHE"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from l2c_export.core.models import ModelConfig, family_defaults, preset, read_model_config
+from l2c_export.core.models import PRESETS, ModelConfig, family_defaults, preset, read_model_config
 from l2c_export.core.plan import Plan, make_plan
 from l2c_export.core.policies import Policy, fora, random_like
 from l2c_export.core.precision import precision_of
@@ -13,7 +16,12 @@ from l2c_export.core.samplers import model_table
 from l2c_export.core.schedule import Router, Schedule, threshold_router, uncached
 from l2c_export.errors import L2CError
 
+_log = logging.getLogger(__name__)
+
 _DEFAULT_CALLS = 20
+
+_GEOMETRY = ("hidden_size", "num_heads", "patch_size", "input_size", "in_channels")
+"""What makes another model of one with as many slots."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,8 @@ def _routed(options: ScheduleOptions, config: ModelConfig) -> Schedule:
 def router_from_options(options: ScheduleOptions, config: ModelConfig) -> Router:
     """Read the router that the options name, or the released one of their model.
 
+    A router that says what model it was trained for, and means another, is taken with a warning.
+
     Raises:
         L2CError: There is none, or its file is broken or for another family of models.
     """
@@ -131,4 +141,31 @@ def router_from_options(options: ScheduleOptions, config: ModelConfig) -> Router
         from l2c_export.build.download import find_router
 
         path = find_router(options.model, options.sampler_name, options.steps or _DEFAULT_CALLS)
-    return read_router(path, config.family)
+    router = read_router(path, config.family)
+    _warn_of_another_model(router, config)
+    return router
+
+
+def _warn_of_another_model(router: Router, config: ModelConfig) -> None:
+    from l2c_export.build.download import released_for
+
+    training = router.source.get("training", {})
+    name = released_for(router.source["sha256"]) or _preset_of(str(training.get("model")), training)
+    if name is None:
+        return
+    theirs, ours = preset(name).to_json(), config.to_json()
+    other = [f"{key} {ours[key]}, not {theirs[key]}" for key in _GEOMETRY if ours[key] != theirs[key]]
+    if other:
+        _log.warning(
+            "router %s was trained for %s, and this model is another (%s): which of its sub-layers may "
+            "be reused is then a guess; l2c-export train-router makes one for it",
+            router.source["file"],
+            name,
+            "; ".join(other),
+        )
+
+
+def _preset_of(model: str, training: Mapping[str, Any]) -> str | None:
+    """The preset that the authors' code calls DiT-XL/2."""
+    name = model.lower().replace("/", "-") + ("-512" if training.get("image_size") == 512 else "")
+    return name if name in PRESETS else None

@@ -71,7 +71,8 @@ class _Echo(logging.Handler):
     """Log records as lines on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"{record.name}: {record.getMessage()}", err=True)
+        warning = record.levelno >= logging.WARNING
+        click.echo(f"{'warning' if warning else record.name}: {record.getMessage()}", err=True)
 
 
 def _set_level(ctx: click.Context, param: click.Parameter, count: int) -> None:
