@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +22,24 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
         assert temporary.suffix == ".txt"
     assert path.read_text() == "whole"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_a_durable_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, did = tmp_path / "a.txt", []
+    fsync, rename = os.fsync, os.replace
+
+    def flush(descriptor: int) -> None:
+        kept = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        did.append("flush the folder" if kept == tmp_path else f"flush {kept.read_text()}")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", lambda *names: did.append("rename") or rename(*names))
+    with replacing(path, durable=True) as temporary:
+        temporary.write_text("whole")
+    assert did == ["flush whole", "rename", "flush the folder"]
+    assert path.read_text() == "whole"
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 

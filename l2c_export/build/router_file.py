@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from l2c_export.build.safe_load import check_file, load_pickle
+from l2c_export.core.files import replacing
 from l2c_export.core.schedule import Router
 from l2c_export.errors import L2CError
 
@@ -90,14 +90,13 @@ def write_router(
     }
     logits = np.where(router.routed[:, None], router.logits, 0).astype("<f4")
     data = _serialize({"logits": logits, "routed": router.routed.astype(np.uint8)}, metadata)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if not path.parent.is_dir():
+        raise L2CError(f"cannot write router {path}: there is no folder {path.parent}")
     try:
-        part.write_bytes(data)
-        os.replace(part, path)
+        with replacing(path, durable=True) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
         raise L2CError(f"cannot write router {path}: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _serialize(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:

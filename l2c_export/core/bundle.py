@@ -207,7 +207,7 @@ class Bundle:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``l2c.json``; the last act of a build."""
-    with replacing(folder / MANIFEST) as temporary:
+    with replacing(folder / MANIFEST, durable=True) as temporary:
         temporary.write_text(_serialise(manifest), encoding="utf-8")
 
 

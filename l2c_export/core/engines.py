@@ -211,7 +211,7 @@ def source_of(manifest: Manifest, graph: str, holds_weights: bool) -> str:
 
 def write_record(folder: Path, engines: EngineSet) -> None:
     """Write ``engines.json``; the last act of a build."""
-    with replacing(folder / RECORD) as temporary:
+    with replacing(folder / RECORD, durable=True) as temporary:
         temporary.write_text(_serialise(engines), encoding="utf-8")
 
 

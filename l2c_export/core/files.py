@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 _TEMPORARY = ".l2c-partial-"
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` that takes its place if the block succeeds."""
+@contextlib.contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of ``path`` that takes its place if the block succeeds.
+
+    A killed process leaves the old file or the whole new one.
+
+    Args:
+        path: The file.
+        durable: Hold that for a power cut too: the content is on the disk before it has the name, and
+            the name before this returns. It takes milliseconds, and seconds for gigabytes; files whose
+            digest is in a durable one can do without, since their loss is found out.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY, suffix=path.suffix)
     os.close(handle)
     try:
         yield Path(name)
+        if durable:
+            with open(name, "rb+") as file:
+                os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
         os.replace(name, path)
+        if durable:
+            _flush_names(path.parent)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _flush_names(folder: Path) -> None:
+    if os.name != "posix":
+        return  # elsewhere a folder cannot be opened
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # network file systems may have nothing to flush
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

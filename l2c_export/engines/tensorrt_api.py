@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from l2c_export.core.files import replacing
 from l2c_export.core.tensorrt_module import tensorrt_module
 from l2c_export.errors import L2CError
 
@@ -90,7 +91,8 @@ def build_plan(
     cache = _timing_cache(config, options)
     plan = _made(lambda: builder.build_serialized_network(network_definition, config), logger, "build")
     if cache is not None and options.timing_cache is not None:
-        _keep(Path(options.timing_cache), bytes(memoryview(config.get_timing_cache().serialize())))
+        with replacing(Path(options.timing_cache)) as temporary:
+            temporary.write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
     return bytes(memoryview(plan))
 
 
@@ -129,12 +131,6 @@ def _timing_cache(config: Any, options: BuildOptions) -> Any:
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
-
-
-def _keep(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def _made(make: Callable[[], Any], logger: Any, what: str) -> Any:

@@ -76,7 +76,7 @@ def write_state(
     state = {"iteration": iteration, "run": run.facts(), "model": run.config.to_json()}
     metadata = {"format": FORMAT, "version": VERSION, "state": json.dumps(state, sort_keys=True)}
     try:
-        with replacing(path) as temporary:
+        with replacing(path, durable=True) as temporary:
             save_file(tensors, temporary, metadata)
     except OSError as error:
         raise L2CError(f"cannot write the training checkpoint {path}: {error.strerror}") from None
