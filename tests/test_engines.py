@@ -393,8 +393,8 @@ def test_a_bundle_without_engines_says_so(bundle):
     [
         (["--max-vram", "lots"], 2, "'lots' is not an amount of memory"),
         (["--target", "blue"], 1, "'blue' is not a compute capability"),
-        (["--backend", "ort", "--max-vram", "100K"], 4, "the limit is 100.0 KiB"),
-        (["--backend", "ort", "--target", "sm86"], 4, "give no --target"),
+        (["--backend", "ort-cuda", "--max-vram", "100K"], 4, "the limit is 100.0 KiB"),
+        (["--backend", "ort-cuda", "--target", "sm86"], 4, "give no --target"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_exit_code(bundle, options, code, message):

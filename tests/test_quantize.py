@@ -18,30 +18,11 @@ from l2c_export.build.checkpoint import random_checkpoint
 from l2c_export.build.quantize import LARGEST, dequantize, quantize
 from l2c_export.cli import cli
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS
-from l2c_export.core.models import UViTConfig
 from l2c_export.engines.build import EngineBuild, EngineRequest
 from l2c_export.errors import UnsupportedError
 from l2c_export.evidence.reference import bundle_reference
 from l2c_export.evidence.verify import Settings, verify
 from l2c_export.runtime import Runner
-
-UVIT = UViTConfig(
-    depth=2, hidden_size=32, num_heads=2, patch_size=2, input_size=8, num_classes=10, mlp_ratio=2.0
-)
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_files, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("int8") / "bundle"
-    return build_bundle(folder, tiny.request(tiny.plan(tiny_files, precision="int8")))
-
-
-@pytest.fixture(scope="module")
-def uvit_bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("int8-uvit")
-    tiny.write_files(folder, UVIT)
-    plan = tiny.plan(folder, uncached=True, steps=4, precision="int8")
-    return build_bundle(folder / "bundle", tiny.request(plan))
 
 
 def test_a_weight_is_off_by_half_a_step_of_its_output_at_most():
@@ -68,23 +49,23 @@ def test_a_weight_with_half_scales_is_off_by_half_a_step_at_most(dtype, half_ste
     assert error[0] < 1e-8, "too small for a scale"
 
 
-def test_layers_that_meet_x_multiply_in_int8_and_the_modulation_does_not(bundle):
-    full = ir.load(bundle.file("full")).graph
+def test_layers_that_meet_x_multiply_in_int8_and_the_modulation_does_not(int8_bundle):
+    full = ir.load(int8_bundle.file("full")).graph
     weights = {str(n.inputs[1].name) for n in full if n.op_type == "MatMulInteger"}
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert weights == {f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in layers}
     widened = {str(n.inputs[0].name) for n in full if n.op_type == "DequantizeLinear"}
     assert widened == {f"blocks.{i}.adaLN_modulation.1.weight" for i in (0, 1)}
-    step = ir.load(bundle.file(bundle.manifest.uncached)).graph
+    step = ir.load(int8_bundle.file(int8_bundle.manifest.uncached)).graph
     assert "DequantizeLinear" not in {n.op_type for n in step}
-    assert "MatMulInteger" not in {n.op_type for n in ir.load(bundle.file(CONDITIONING)).graph}
+    assert "MatMulInteger" not in {n.op_type for n in ir.load(int8_bundle.file(CONDITIONING)).graph}
 
 
-def test_onnxruntime_makes_one_kernel_of_each_layer(bundle, tmp_path):
+def test_onnxruntime_makes_one_kernel_of_each_layer(int8_bundle, tmp_path):
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
-    path = bundle.file(bundle.manifest.uncached)
+    path = int8_bundle.file(int8_bundle.manifest.uncached)
     ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
     nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
     kinds = [node.op_type for node in nodes]
@@ -94,8 +75,8 @@ def test_onnxruntime_makes_one_kernel_of_each_layer(bundle, tmp_path):
     assert all(len(node.input) == 5 and node.input[4] for node in fused), "biases are in the kernel"
 
 
-def test_the_reference_has_the_weights_that_were_stored(bundle):
-    made = dict(bundle_reference(bundle).model.named_parameters())
+def test_the_reference_has_the_weights_that_were_stored(int8_bundle):
+    made = dict(bundle_reference(int8_bundle).model.named_parameters())
     original = dict(random_checkpoint(tiny.CONFIG, tiny.SEED).iter_tensors())
     for name, tensor in original.items():
         stored, scale = quantize(tensor) if tensor.ndim == 2 else (None, None)
@@ -124,20 +105,20 @@ def test_weights_in_8_bits_are_widened_to_float16_for_every_layer_of_the_blocks(
         onnx.checker.check_model(str(path), full_check=True)
 
 
-def test_a_uvit_runs_in_int8_with_its_long_skips(uvit_bundle):
-    full = ir.load(uvit_bundle.file("full")).graph
+def test_a_uvit_runs_in_int8_with_its_long_skips(int8_uvit_bundle):
+    full = ir.load(int8_uvit_bundle.file("full")).graph
     weights = {str(n.inputs[1].name) for n in full if n.op_type == "MatMulInteger"}
     assert weights
     assert not {n for n in weights if "skip" in n}
     widened = {str(n.inputs[0].name) for n in full if n.op_type == "DequantizeLinear"}
     assert widened == {"out_blocks.0.skip_linear.weight"}
-    report = verify(Runner.load(uvit_bundle.path, threads=1), Settings())
+    report = verify(Runner.load(int8_uvit_bundle.path, threads=1), Settings())
     assert report.failure is None
 
 
-def test_a_damaged_scale_fails_and_is_named(bundle, tmp_path):
+def test_a_damaged_scale_fails_and_is_named(int8_bundle, tmp_path):
     copy = tmp_path / "copy"
-    shutil.copytree(bundle.path, copy)
+    shutil.copytree(int8_bundle.path, copy)
     data = bytearray((copy / WEIGHTS).read_bytes())
     head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     begin, end = head["blocks.0.attn.proj.weight_scale"]["data_offsets"]
@@ -151,25 +132,36 @@ def test_a_damaged_scale_fails_and_is_named(bundle, tmp_path):
     assert "00.attn" in report.failure
 
 
-def test_no_engine_is_made_of_a_graph_for_cpus(bundle):
+def test_no_engine_is_made_of_a_graph_for_cpus(int8_bundle):
     with pytest.raises(UnsupportedError, match=r"which rtx does not take: build it with --precision"):
-        EngineBuild(bundle, EngineRequest("rtx"))
+        EngineBuild(int8_bundle, EngineRequest("rtx"))
 
 
-def test_bench_against_compares_two_precisions(bundle, tiny_bundle, tmp_path):
-    arguments = ["bench", bundle.path, "--against", tiny_bundle.path, "--repeats", 2, "--threads", 1]
+def test_bench_against_compares_two_precisions(int8_bundle, tiny_bundle, tmp_path):
+    arguments = [
+        "bench",
+        int8_bundle.path,
+        "--against",
+        tiny_bundle.path,
+        "--repeats",
+        2,
+        "--threads",
+        1,
+    ]
     result = CliRunner().invoke(cli, [*map(str, arguments), "--report", str(tmp_path / "r.json")])
     assert result.exit_code == 0, result.output
     assert "times faster: full call" in result.output
     report = json.loads((tmp_path / "r.json").read_text())
     assert (report["bundle"]["precision"], report["against"]["precision"]) == ("int8", "float32")
-    sizes = [b.manifest.files[WEIGHTS].bytes for b in (bundle, tiny_bundle)]
+    sizes = [b.manifest.files[WEIGHTS].bytes for b in (int8_bundle, tiny_bundle)]
     assert report["ratio"]["weight_bytes"] == sizes[0] / sizes[1]
     assert 1e-4 < report["error"]["output"] < 0.1
     assert report["ratio"]["full_call"]["median"] > 0
 
 
-def test_bench_against_refuses_another_model(bundle, uvit_bundle):
-    result = CliRunner().invoke(cli, ["bench", str(bundle.path), "--against", str(uvit_bundle.path)])
+def test_bench_against_refuses_another_model(int8_bundle, int8_uvit_bundle):
+    result = CliRunner().invoke(
+        cli, ["bench", str(int8_bundle.path), "--against", str(int8_uvit_bundle.path)]
+    )
     assert result.exit_code == 1
     assert "different models: their model differs" in result.stderr

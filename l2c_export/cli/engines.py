@@ -15,6 +15,13 @@ from l2c_export.cli.profile_option import profile_option
 from l2c_export.cli.progress import show_progress
 from l2c_export.core.bundle import Bundle, read_bundle
 from l2c_export.core.engines import find_engines
+from l2c_export.core.packed import find_packed
+from l2c_export.engines.packed_report import (
+    packed_json,
+    packed_plan_json,
+    packed_plan_text,
+    packed_text,
+)
 
 if TYPE_CHECKING:
     from l2c_export.core.engines import EngineSet
@@ -47,22 +54,21 @@ def command(
     networks: Path | None,
     as_json: bool,
 ) -> None:
-    """Build engines for BUNDLE: one for each step graph, the conditioning and the sampler."""
+    """Build engines for BUNDLE: one for each step graph, the conditioning and the sampler.
+
+    With --backend ort, pack the weights of an int8 BUNDLE for this CPU: the runner then finds them.
+    """
     if dry_run + report + (networks is not None) > 1:
         raise click.UsageError("give one of --dry-run, --report and --networks")
     opened = read_bundle(bundle)
     if report:
-        from l2c_export.engines.report import engines_json, engines_text
-
-        found = [made for _, made in find_engines(opened)]
-        if as_json:
-            click.echo(json.dumps(engines_json(opened, found)))
-        else:
-            text = [engines_text(opened, made) for made in found]
-            click.echo("\n\n".join(text) or f"{bundle} has no engines")
+        _show_engines(opened, as_json)
         return
     if networks is not None:
         show_networks(opened, engines(backend), networks, as_json)
+        return
+    if backend == "ort":
+        _pack(opened, engines(backend), dry_run, as_json)
         return
     build = plan_engines(opened, engines(backend), shown=not as_json or dry_run, as_json=as_json)
     if dry_run:
@@ -72,6 +78,38 @@ def command(
         from l2c_export.engines.report import engines_json
 
         click.echo(json.dumps(engines_json(opened, made)))
+
+
+def _show_engines(bundle: Bundle, as_json: bool) -> None:
+    from l2c_export.engines.report import engines_json, engines_text
+
+    found = [made for _, made in find_engines(bundle)]
+    packed = find_packed(bundle)
+    if as_json:
+        click.echo(json.dumps(engines_json(bundle, found) + [packed_json(each) for each in packed]))
+    else:
+        text = [engines_text(bundle, made) for made in found] + [packed_text(each) for each in packed]
+        click.echo("\n\n".join(text) or f"{bundle.path} has no engines")
+
+
+def _pack(bundle: Bundle, request: EngineRequest, dry_run: bool, as_json: bool) -> None:
+    """Pack weights for this CPU, after showing what that will cost."""
+    from l2c_export.engines.packed import PackedBuild
+
+    if request != type(request)(request.backend):
+        raise click.UsageError(
+            "--backend ort packs weights for this CPU and takes no options of engines"
+        )
+    build = PackedBuild(bundle)
+    if not as_json:
+        click.echo(packed_plan_text(build))
+    elif dry_run:
+        click.echo(json.dumps(packed_plan_json(build)))
+    if dry_run:
+        return
+    with show_progress(not as_json, keep=True) as progress:
+        made = build.run(progress)
+    click.echo(json.dumps([packed_json(made)]) if as_json else packed_text(made))
 
 
 def plan_engines(

@@ -11,7 +11,9 @@ import click
 from l2c_export.cli.options import FILE
 from l2c_export.core.bundle import read_bundle
 from l2c_export.core.engines import find_engines, unpack_plans
+from l2c_export.core.packed import find_packed
 from l2c_export.core.plan_report import size
+from l2c_export.engines.packed_report import packed_json, packed_text
 from l2c_export.evidence.bundle_report import bundle_json, bundle_table
 
 
@@ -24,13 +26,19 @@ def command(bundle: Path, check: bool, as_json: bool) -> None:
     opened = read_bundle(bundle)
     if check:
         opened.check_files()
-    found = find_engines(opened)
+    found, packings = find_engines(opened), find_packed(opened)
     if check:
         for folder, engines in found:
             for _ in unpack_plans(folder, engines):
                 pass  # each is compared with its digest on the way
+        for packed in packings:
+            for name in packed.files:
+                packed.check_file(opened, name)
     if as_json:
-        held = {"engines": [asdict(engines) for _, engines in found]}
+        held = {
+            "engines": [asdict(engines) for _, engines in found],
+            "packed": [packed_json(packed) for packed in packings],
+        }
         click.echo(json.dumps(bundle_json(opened, check) | held, ensure_ascii=False))
     else:
         click.echo(bundle_table(opened, check))
@@ -40,3 +48,5 @@ def command(bundle: Path, check: bool, as_json: bool) -> None:
                 f"{size(engines.plan_bytes)} of plans in {size(engines.archive[1].bytes)}, "
                 f"{size(engines.scratch)} of scratch (see: l2c-export engines {bundle} --report)"
             )
+        for packed in packings:
+            click.echo(f"\nengines   {packed_text(packed)}")

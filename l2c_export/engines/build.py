@@ -101,7 +101,7 @@ class EngineBuild:
             UnsupportedError: The builder runs out of memory, or the engines need more than the limit.
         """
         made = []
-        with _own(self.bundle.path):
+        with own(self.bundle.path):
             for targets in self.families:
                 networks = self.networks_for(targets)
                 folder = EngineFolder(
@@ -177,7 +177,7 @@ def _this_gpu(asked: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _own(folder: Path) -> Iterator[None]:
+def own(folder: Path) -> Iterator[None]:
     """Hold the bundle against other builds."""
     try:
         with filelock.FileLock(folder / _LOCK, timeout=0):

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from l2c_export.core.bundle import Bundle
+from l2c_export.core.cpu import cpu_target
 from l2c_export.core.engines import EngineSet, find_engines, misfit
+from l2c_export.core.packed import PackedWeights, find_packed, packed_misfit
 from l2c_export.core.plan_report import size
 from l2c_export.engines.gpus import Gpu, find_gpus
 from l2c_export.engines.tensorrt_api import builder_targets, builder_version
@@ -40,12 +42,14 @@ class Diagnosis:
         gpus: Its GPUs.
         findings: In the order of a deployment: building bundles, engines, running.
         engines: Of the bundle's engines: whether they run here.
+        packed: Of its packed weights: whether they are used here.
     """
 
     machine: str
     gpus: tuple[Gpu, ...]
     findings: tuple[Finding, ...]
     engines: tuple[Finding, ...] = field(default=())
+    packed: tuple[Finding, ...] = field(default=())
 
     @property
     def healthy(self) -> bool:
@@ -79,6 +83,7 @@ def diagnose(bundle: Bundle | None = None) -> Diagnosis:
             _on_gpu(_library("trt"), no_gpu),
         ),
         tuple(_judged(bundle, made, gpus) for _, made in found),
+        tuple(_judged_packed(bundle, packed) for packed in find_packed(bundle)) if bundle else (),
     )
 
 
@@ -92,7 +97,7 @@ def diagnosis_text(diagnosis: Diagnosis) -> str:
         )
     if not diagnosis.gpus:
         lines.append("no GPU")
-    everything = (*diagnosis.findings, *diagnosis.engines)
+    everything = (*diagnosis.findings, *diagnosis.engines, *diagnosis.packed)
     width = max(len(finding.what) for finding in everything)
     lines += [f"{'yes' if f.able else 'no':3}  {f.what:{width}}  {f.detail}" for f in everything]
     return "\n".join(lines)
@@ -172,3 +177,10 @@ def _judged(bundle: Bundle | None, made: EngineSet, gpus: tuple[Gpu, ...]) -> Fi
     if made.backend == "ort" or None in reasons:
         return Finding(what, True, f"{size(made.plan_bytes)} of plans, {size(made.scratch)} of scratch")
     return Finding(what, False, str(reasons[0]))
+
+
+def _judged_packed(bundle: Bundle, packed: PackedWeights) -> Finding:
+    """Whether packed weights are used here; without them the bundle runs as it is."""
+    misfit = packed_misfit(packed, bundle, _version("onnxruntime") or "none", cpu_target())
+    detail = misfit or f"{size(packed.packed_bytes)} for {len(packed.graphs)} graphs"
+    return Finding("packed weights", misfit is None, f"{packed.folder}: {detail}")

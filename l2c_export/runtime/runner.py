@@ -73,7 +73,8 @@ class Runner:
             backend: A name from :data:`l2c_export.runtime.backends.BACKENDS`.
             threads: For each call; None is the backend's choice.
             options: Of the backend: of those that run engines ``graphs``, what one launch runs, and
-                ``device``, the number of the GPU.
+                ``device``, the number of the GPU; of ``ort`` ``packed``, False not to use weights
+                that are packed for this CPU.
 
         Raises:
             L2CError: There is no bundle, a file is not what was built, or the backend is not
