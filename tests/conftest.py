@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import onnx
+import onnx_ir as ir
 import pytest
 import tiny
+import torch
 
+from l2c_export.build import build as build_module
 from l2c_export.build.build import build_bundle
+from l2c_export.build.export import export_full
+from l2c_export.cli import main
 from l2c_export.core.bundle import Bundle
 from l2c_export.core.models import DiTConfig, UViTConfig
 from l2c_export.core.plan import Plan
@@ -54,3 +62,46 @@ def int8_uvit_bundle(tmp_path_factory) -> Bundle:
     tiny.write_files(folder, model)
     plan = tiny.plan(folder, uncached=True, steps=4, precision="int8")
     return build_bundle(folder / "bundle", tiny.request(plan))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line; return exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["l2c-export", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Matrices this small are slower on several threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exports() -> Iterator[None]:
+    """Export what is the same only once: it takes seconds, and most tests are of what comes after."""
+    known: dict[object, bytes] = {}
+
+    def export_once(config, layout, *, guidance, batch) -> ir.Model:
+        key = (config, layout.precision, guidance, batch)
+        if key not in known:
+            model = export_full(config, layout, guidance=guidance, batch=batch)
+            known[key] = ir.to_proto(model).SerializeToString()
+        return ir.from_proto(onnx.load_from_string(known[key]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_module, "export_full", export_once)
+        yield
+
+
+@pytest.fixture
+def exported_anew(monkeypatch) -> None:
+    """Builds export, whatever was exported before."""
+    monkeypatch.setattr(build_module, "export_full", export_full)

@@ -53,7 +53,7 @@ def command_line(files: Path, output: Path) -> list[str]:
 # -- the same bytes -----------------------------------------------------------------------------
 
 
-def test_two_builds_of_one_request_are_the_same_bytes(tiny_bundle, tiny_plan, tmp_path):
+def test_two_builds_of_one_request_are_the_same_bytes(exported_anew, tiny_bundle, tiny_plan, tmp_path):
     again = build_bundle(tmp_path / "elsewhere" / "again", tiny.request(tiny_plan))
     assert tiny.contents(again.path) == tiny.contents(tiny_bundle.path)
 

@@ -22,25 +22,11 @@ import torch
 
 import l2c_export
 from l2c_export.build.checkpoint import random_checkpoint
-from l2c_export.cli import COMMANDS, main
+from l2c_export.cli import COMMANDS
 from l2c_export.core.bundle import MANIFEST, WEIGHTS
 
 Result = tuple[int, str, str]
 Command = Callable[..., Result]
-
-
-@pytest.fixture
-def command(monkeypatch, capsys) -> Command:
-    """Run a command line; return exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["l2c-export", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from l2c_export.build.checkpoint import open_checkpoint, random_checkpoint
 from l2c_export.build.router_file import read_router, write_router
-from l2c_export.core.models import DiTConfig, read_model_config
+from l2c_export.core.models import read_model_config
 from l2c_export.core.schedule import Router
 from l2c_export.evidence.frechet import Gaussian
 from l2c_export.train.recipe import Recipe
@@ -20,18 +20,9 @@ pytest.importorskip("PIL")
 import judge as judging
 import quality
 from quality_report import Row, against_fewer_steps, draw, table
+from train_demo import DIT
 
-CONFIG = DiTConfig(
-    depth=2,
-    hidden_size=16,
-    num_heads=2,
-    patch_size=12,
-    input_size=24,
-    in_channels=1,
-    num_classes=10,
-    learn_sigma=False,
-    guidance_channels=1,
-)
+CONFIG = replace(DIT, depth=2, hidden_size=16, num_heads=2, patch_size=12)
 
 
 @pytest.fixture(scope="module")

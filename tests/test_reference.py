@@ -68,15 +68,6 @@ class Golden:
         return max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Matrices this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def golden():
     return Golden(DATA / "dit-ddim20")

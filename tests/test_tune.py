@@ -19,7 +19,6 @@ import torch
 from l2c_export.build.build_options import build_arguments
 from l2c_export.build.router_file import read_router, write_router
 from l2c_export.build.schedule_options import ScheduleOptions
-from l2c_export.cli import main
 from l2c_export.core.bundle import read_bundle
 from l2c_export.core.models import UViTConfig
 from l2c_export.core.schedule import Router, routed_scores, threshold_router
@@ -53,20 +52,6 @@ def options(tiny_files) -> TuneOptions:
         repeats=2,
         threads=1,
     )
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run a command line; return exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["l2c-export", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

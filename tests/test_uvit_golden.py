@@ -30,15 +30,6 @@ SCALE = 1 + CASE["cfg_scale"]  # uncond + 1.4 * (cond - uncond) is cond + 0.4 * 
 TOLERANCE = 1e-5  # of the largest value; float32 against float64 of the official code differs by 7e-7
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Matrices this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def error(latents, expected):
     return np.abs(latents - expected).max() / np.abs(expected).max()
 

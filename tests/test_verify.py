@@ -10,7 +10,6 @@ import onnx
 import pytest
 import safetensors.torch
 import tiny
-import torch
 from click.testing import CliRunner
 
 from l2c_export.build.build import build_bundle
@@ -25,15 +24,6 @@ from l2c_export.evidence.verify import Settings, report_json, report_table, veri
 from l2c_export.runtime import Runner
 
 SLOTS = ("00.attn", "00.mlp", "01.attn", "01.mlp")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Matrices this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,15 @@ def draw_plan(plan: Plan, path: Path) -> None:
     _label_calls(axes[-1], plan, width - left - right)
     _title(figure, plan, left / width, height)
     _legend(figure, states, left / width, height)
+    write_figure(figure, path)
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib as a PNG, the same bytes for the same figure.
+
+    Raises:
+        L2CError: It cannot be written there.
+    """
     try:
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})

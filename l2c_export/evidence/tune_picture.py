@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from l2c_export.core.files import replacing
-from l2c_export.errors import L2CError
+from l2c_export.build.plan_picture import write_figure
 from l2c_export.evidence.tune_choice import Row
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; the markers differ too.
@@ -51,11 +50,7 @@ def draw_tune(data: dict[str, Any], path: Path) -> None:
     _label(axes[0], data["rows"], _time)
     _label(axes[1], data["rows"], _macs)
     _title(figure, data)
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", metadata={"Software": None})
-    except OSError as error:
-        raise L2CError(f"cannot write {path}: {error.strerror}") from None
+    write_figure(figure, path)
 
 
 def _time(row: Row) -> float:
