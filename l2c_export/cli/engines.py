@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     "--networks",
     type=FILE,
     metavar="DIR",
-    help="Write what would be built from, with inputs for Polygraphy, and build nothing.",
+    help="Write the networks of the engines, with inputs for Polygraphy, and build nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
 def command(

@@ -86,11 +86,13 @@ class EngineBuild:
             "code": code,
         }
         if limit is not None and sum(parts.values()) > limit:
+            precision = self.bundle.manifest.precision
+            smaller = "float16" if precision == "float32" else "int8-weights"
             each = " + ".join(f"{size(count)} {part}" for part, count in parts.items() if count)
             raise UnsupportedError(
                 f"{self.bundle.path} needs {size(sum(parts.values()))} of device memory or more "
-                f"({each}), the limit is {size(limit)}: build the bundle with a smaller --batch, or "
-                "with --precision float16"
+                f"({each}), the limit is {size(limit)}: build the bundle with a smaller --batch"
+                + ("" if precision.endswith("-weights") else f", or with --precision {smaller}")
             )
 
     def run(self, progress: Progress = lambda *_: None) -> tuple[EngineSet, ...]:
