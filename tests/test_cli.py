@@ -45,7 +45,7 @@ def world(tiny_files, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("arguments", [["-v", "build"], ["build", "-v"]])
 def test_v_before_or_after_the_command_tells_what_is_made(arguments, world, command):
-    code, _, err = command(*arguments, *BUILD, "-o", "out")
+    code, _, err = command(*arguments, *BUILD, "--batch", "1-2", "-o", "out")
     assert code == 0
     assert "l2c_export.build.build: made weights.safetensors: " in err
 
