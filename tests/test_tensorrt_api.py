@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import stand_in_tensorrt
 
 import l2c_export
 from l2c_export.core.tensorrt_module import tensorrt_module
+from l2c_export.engines.tensorrt_api import BuildOptions, _keep_timings, _timing_cache
 from l2c_export.errors import UnsupportedError
 
 PACKAGE = Path(l2c_export.__file__).parent
@@ -136,3 +138,45 @@ def test_a_package_of_type_stubs_is_no_backend(monkeypatch):
     with pytest.raises(UnsupportedError, match="tensorrt is a stub"):
         tensorrt_module("trt")
     tensorrt_module.cache_clear()
+
+
+class TimingConfig:
+    """A builder's configuration as far as it knows of timings: it takes those of ``gpu`` alone."""
+
+    def __init__(self, gpu: bytes, kept: bytes | None = b"") -> None:
+        self.gpu, self.kept = gpu, kept
+        self.taken: list[bytes] = []
+
+    def create_timing_cache(self, stored: bytes) -> bytes:
+        return stored
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        fits = cache in (b"", self.gpu)
+        self.taken += [cache] * fits
+        return fits
+
+    def get_timing_cache(self):
+        return None if self.kept is None else SimpleNamespace(serialize=lambda: self.kept)
+
+
+def test_timings_of_another_gpu_are_not_taken_and_are_replaced(tmp_path):
+    path = tmp_path / "timing.cache"
+    options = BuildOptions(timing_cache=str(path))
+    for stored, taken in ((None, b""), (b"L4", b"L4"), (b"H100", b"")):
+        path.unlink(missing_ok=True)
+        if stored is not None:
+            path.write_bytes(stored)
+        config = TimingConfig(b"L4", b"new")
+        assert _timing_cache(config, options) == taken
+        assert config.taken == [taken]
+        _keep_timings(config, path)
+        assert path.read_bytes() == b"new"
+
+
+def test_a_build_does_not_fail_for_want_of_timings(tmp_path):
+    path = tmp_path / "timing.cache"
+    path.mkdir()
+    assert _timing_cache(TimingConfig(b"L4"), BuildOptions(timing_cache=str(path))) == b""
+    _keep_timings(TimingConfig(b"L4", b"new"), path)  # a folder cannot be replaced
+    _keep_timings(TimingConfig(b"L4", None), tmp_path / "other.cache")
+    assert not (tmp_path / "other.cache").exists()

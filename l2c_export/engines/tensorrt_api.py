@@ -6,6 +6,7 @@ Networks are strongly typed: the precision of an engine is that of its ONNX grap
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -91,8 +92,7 @@ def build_plan(
     cache = _timing_cache(config, options)
     plan = _made(lambda: builder.build_serialized_network(network_definition, config), logger, "build")
     if cache is not None and options.timing_cache is not None:
-        with replacing(Path(options.timing_cache)) as temporary:
-            temporary.write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
+        _keep_timings(config, Path(options.timing_cache))
     return bytes(memoryview(plan))
 
 
@@ -124,13 +124,26 @@ def _configure(trt: Any, builder: Any, config: Any, options: BuildOptions) -> No
 
 
 def _timing_cache(config: Any, options: BuildOptions) -> Any:
-    """Take the timings of earlier builds; nothing where kernels are compiled on the target."""
+    """Take the timings of earlier builds, if they are of this very GPU, for as long as this is held."""
     if options.timing_cache is None or hasattr(config, "set_compute_capability"):
-        return None
-    path = Path(options.timing_cache)
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
+        return None  # RTX compiles kernels on the target
+    stored = b""
+    with contextlib.suppress(OSError):
+        stored = Path(options.timing_cache).read_bytes()
+    for timings in (stored, b""):
+        cache = config.create_timing_cache(timings)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+    return None
+
+
+def _keep_timings(config: Any, path: Path) -> None:
+    """Write the timings for later builds; one without them is only slower."""
+    cache = config.get_timing_cache()
+    if cache is None:
+        return
+    with contextlib.suppress(OSError), replacing(path) as temporary:
+        temporary.write_bytes(bytes(memoryview(cache.serialize())))
 
 
 def _made(make: Callable[[], Any], logger: Any, what: str) -> Any:
