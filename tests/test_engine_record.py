@@ -107,6 +107,12 @@ def test_a_damaged_archive_is_refused(tmp_path):
     path.write_bytes(b"no archive")
     with pytest.raises(L2CError, match="cannot read"):
         list(unpack_plans(tmp_path, made))
+    path.unlink()
+    with pytest.raises(L2CError) as missing:
+        list(unpack_plans(tmp_path, made))
+    assert str(missing.value) == (
+        f"cannot read {path}: No such file or directory; copy the bundle or build the engines again"
+    )
 
 
 @pytest.mark.parametrize(

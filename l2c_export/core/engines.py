@@ -328,7 +328,8 @@ def unpack_plans(folder: Path, engines: EngineSet) -> Iterator[tuple[Engine, byt
                     raise L2CError(f"{path}: the engine of {engine.graph} is damaged; {again}")
                 yield engine, plan
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise L2CError(f"cannot read {path}: {error}; {again}") from None
+        said = getattr(error, "strerror", None) or error
+        raise L2CError(f"cannot read {path}: {said}; {again}") from None
 
 
 def _open_archive(path: Path, mode: str) -> IO[bytes]:
