@@ -211,12 +211,76 @@ def test_a_broken_journal_is_no_journal(bundle, built, text):
     assert not (folder / JOURNAL).exists()
 
 
+@pytest.mark.parametrize("options", [{"tf32": True}, {"optimization_level": 3}])
+def test_engines_serve_until_those_of_other_options_are_all_there(bundle, built, options, monkeypatch):
+    old = build(bundle)
+    built.clear()
+    make = EngineFolder._make
+
+    def interrupted(self, graph, *rest):
+        if graph == UPDATE:
+            raise KeyboardInterrupt
+        return make(self, graph, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineFolder, "_make", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build(bundle, **options)
+    folder = bundle.path / ENGINES / FOLDER
+    assert read_record(folder) == old
+    assert len(list(unpack_plans(folder, old))) == len(everything(bundle))
+    assert not (bundle.path / ".l2c-lock").exists()
+    built.clear()
+    assert build(bundle, **options).options == old.options | options
+    assert built == [UPDATE]
+
+
+def test_a_record_is_never_beside_another_archive_than_its_own(bundle, tmp_path):
+    build(bundle)
+    shutil.copytree(bundle.path, tmp_path / "template")
+    whole = 0
+    for number in itertools.count(0, 5):
+        folder = tmp_path / "killed"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "template", folder)
+        left = iter(range(number))
+
+        def act(left=left) -> None:
+            if next(left, None) is None:
+                raise killing.Killed
+
+        request = EngineRequest("ort", tf32=True)
+        try:
+            killing.watched(
+                folder, lambda f=folder, r=request: EngineBuild(read_bundle(f), r).run(), act
+            )
+        except killing.Killed:
+            for path, made in find_engines(read_bundle(folder)):
+                assert list(unpack_plans(path, made))
+                whole += 1
+        else:
+            break
+    assert whole > 3
+
+
 def test_another_build_in_the_bundle_is_waited_for_by_the_user(bundle):
     with (
         filelock.FileLock(bundle.path / ".l2c-lock"),
         pytest.raises(L2CError, match="another build is at work"),
     ):
         build(bundle)
+
+
+def test_a_bundle_that_nobody_may_write_to_says_what_to_do(bundle, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", str(bundle.path / ".l2c-lock"))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refused)
+    with pytest.raises(L2CError) as error:
+        build(bundle)
+    assert str(error.value) == (
+        f"cannot write to {bundle.path}: Permission denied; copy the bundle to where you may write"
+    )
 
 
 def test_a_bundle_that_is_not_what_was_built_gets_no_engines(bundle):
@@ -265,6 +329,33 @@ def test_a_session_that_needs_more_than_the_limit_is_refused_with_the_numbers(bu
         EngineBuild(bundle, EngineRequest("ort", max_vram=price.total - 1))
     with pytest.raises(UnsupportedError, match=r"KiB code"):  # known when engines are there
         EngineBuild(bundle, EngineRequest("ort", max_vram=price.total)).run()
+    build(bundle)
+    with pytest.raises(UnsupportedError, match=r"KiB code"):  # kept ones need no less than fresh ones
+        EngineBuild(bundle, EngineRequest("ort", max_vram=price.total)).run()
+
+
+@pytest.mark.parametrize(
+    ("precision", "batch", "constant", "way"),
+    [
+        ("float32", (1, 1), False, "build the bundle with --precision float16"),
+        ("float16", (1, 1), False, "build the bundle with --precision int8-weights"),
+        (
+            "bfloat16",
+            (1, 4),
+            False,
+            "a smaller --batch, or build the bundle with --precision int8-weights",
+        ),
+        ("int8-weights", (4, 4), False, "build the bundle with a smaller --batch"),
+        ("int8-weights", (1, 1), True, "build the engines without --weights constants"),
+        ("float8-weights", (1, 1), False, "it has no smaller form; raise --max-vram"),
+    ],
+)
+def test_what_is_over_the_limit_is_told_what_would_be_smaller(bundle, precision, batch, constant, way):
+    over = EngineBuild(bundle, EngineRequest("ort", constant=constant, max_vram=1 << 40))
+    over.bundle = replace(bundle, manifest=replace(bundle.manifest, precision=precision, batch=batch))
+    with pytest.raises(UnsupportedError) as refused:
+        over.check_memory(scratch=2 << 40)
+    assert str(refused.value).endswith(way)
 
 
 # -- targets ----------------------------------------------------------------------------------------
@@ -303,6 +394,10 @@ def test_float8_is_for_targets_that_have_it():
     assert families == (("sm89", "sm120"),)
     with pytest.raises(UnsupportedError, match=r"needs sm89 or later, not sm75, sm86: .*int8-weights"):
         request_families("rtx", "sm75", "sm86", "sm89", precision="float8-weights")
+    with pytest.raises(
+        UnsupportedError, match=r"not sm80, sm86 of portable .* give --target sm89,sm120,sm121"
+    ):
+        request_families("rtx", precision="float8-weights")
     assert request_families("rtx", "sm75", "sm86", precision="int8-weights") == (("sm75",), ("sm86",))
 
 

@@ -129,8 +129,10 @@ def _own(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(output / _LOCK, timeout=0)
         with lock:
-            yield
-            (output / _LOCK).unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                (output / _LOCK).unlink(missing_ok=True)
     except filelock.Timeout:
         raise L2CError(f"another build is at work in {output}; wait for it") from None
     except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import filelock
 
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle
-from l2c_export.core.engines import PORTABLE, UPDATE, EngineSet
+from l2c_export.core.engines import PORTABLE, PORTABLE_TARGETS, UPDATE, EngineSet
 from l2c_export.core.plan_report import size
 from l2c_export.core.precision import Precision, precision_of
 from l2c_export.engines.folder import EngineFolder, Progress
@@ -29,6 +29,9 @@ from l2c_export.errors import L2CError, UnsupportedError
 _LOCK = ".l2c-lock"  # of the bundle, whoever writes to it
 
 _TURING = "sm75"
+
+_SMALLER = {"float32": "float16", "float16": "int8-weights", "bfloat16": "int8-weights"}
+"""Precision to the next one whose weights take half the memory."""
 
 
 class EngineBuild:
@@ -86,14 +89,21 @@ class EngineBuild:
             "code": code,
         }
         if limit is not None and sum(parts.values()) > limit:
-            precision = self.bundle.manifest.precision
-            smaller = "float16" if precision == "float32" else "int8-weights"
             each = " + ".join(f"{size(count)} {part}" for part, count in parts.items() if count)
             raise UnsupportedError(
                 f"{self.bundle.path} needs {size(sum(parts.values()))} of device memory or more "
-                f"({each}), the limit is {size(limit)}: build the bundle with a smaller --batch"
-                + ("" if precision.endswith("-weights") else f", or with --precision {smaller}")
+                f"({each}), the limit is {size(limit)}: {self._smaller()}"
             )
+
+    def _smaller(self) -> str:
+        """What would take less device memory."""
+        manifest = self.bundle.manifest
+        ways = ["build the engines without --weights constants"] if self.request.constant else []
+        if manifest.batch[1] > 1:
+            ways.append("build the bundle with a smaller --batch")
+        if precision := _SMALLER.get(manifest.precision):
+            ways.append(f"build the bundle with --precision {precision}")
+        return ", or ".join(ways or ["it has no smaller form; raise --max-vram"])
 
     def run(self, progress: Progress = lambda *_: None) -> tuple[EngineSet, ...]:
         """Build what is missing or stale.
@@ -140,11 +150,8 @@ def target_families(request: EngineRequest, precision: Precision) -> tuple[tuple
             f"TensorRT-RTX does not build for {', '.join(unknown)}, only for {', '.join(known)}; "
             "for other GPUs use --backend trt on a machine that has one"
         )
-    if precision.weights == "float8_e4m3fn" and (old := _without_float8(request.targets)):
-        raise UnsupportedError(
-            f"float8 needs sm89 or later, not {', '.join(old)}: build the bundle with "
-            "--precision int8-weights, or leave them out"
-        )
+    if precision.weights == "float8_e4m3fn":
+        _check_float8(request.targets)
     others = tuple(target for target in request.targets if target != _TURING)
     if _TURING not in request.targets:
         return (others or (PORTABLE,),)
@@ -156,8 +163,18 @@ def target_families(request: EngineRequest, precision: Precision) -> tuple[tuple
     return ((_TURING,), others) if others else ((_TURING,),)
 
 
-def _without_float8(targets: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(target for target in targets if int(target.removeprefix("sm")) < 89)
+def _check_float8(targets: tuple[str, ...]) -> None:
+    old: list[str] = []
+    new: list[str] = []
+    for target in targets or PORTABLE_TARGETS:
+        (old if int(target.removeprefix("sm")) < 89 else new).append(target)
+    if not old:
+        return
+    way = "leave them out" if targets else f"give --target {','.join(new)}"
+    raise UnsupportedError(
+        f"float8 needs sm89 or later, not {', '.join(old)}{'' if targets else ' of portable engines'}: "
+        f"build the bundle with --precision int8-weights, or {way}"
+    )
 
 
 def _this_gpu(asked: tuple[str, ...]) -> tuple[str, ...]:
@@ -182,8 +199,16 @@ def _this_gpu(asked: tuple[str, ...]) -> tuple[str, ...]:
 def own(folder: Path) -> Iterator[None]:
     """Hold the bundle against other builds."""
     try:
-        with filelock.FileLock(folder / _LOCK, timeout=0):
-            yield
-            (folder / _LOCK).unlink(missing_ok=True)
+        held = filelock.FileLock(folder / _LOCK).acquire(timeout=0)
     except filelock.Timeout:
         raise L2CError(f"another build is at work in {folder}; wait for it") from None
+    except OSError as error:
+        raise L2CError(
+            f"cannot write to {folder}: {error.strerror or error}; "
+            "copy the bundle to where you may write"
+        ) from None
+    with held:
+        try:
+            yield
+        finally:
+            (folder / _LOCK).unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 An engine is kept by the content of what it is made from, never by its name: its network with the
 constants inside, the builder's options, the backend's version and the targets. Every file appears whole
-or not at all, and a journal stands in place of the record, so a build that was killed goes on where it
-was.
+or not at all. A journal lists what is built until the record does, so a build that was killed goes on
+where it was, and an earlier build's engines serve until the new ones are all there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import onnx
 
-from l2c_export.core.bundle import WEIGHTS, Bundle
+from l2c_export.core.bundle import WEIGHTS, Bundle, File
 from l2c_export.core.engines import (
     ENGINES,
     PORTABLE,
@@ -92,15 +92,12 @@ class EngineFolder:
                     tick = functools.partial(progress, graph, i, total)
                     self.held[graph] = self._make(graph, network, tick)
                     self._journal()
-                self.check_memory(
-                    max(engine.scratch or 0 for engine in self.held.values()),
-                    sum(engine.bytes for engine in self.held.values()),
-                )
-            plans = (self._plan(graph).read_bytes() for graph in self.networks)
-            archive = self.archive, pack_plans(self.path / self.archive, plans)
+                self._check_memory()
+            archive = self.archive, self._pack()
         else:
             _log.info("kept all engines of %s", self.path.name)
             self.held = {engine.graph: engine for engine in old.engines}
+            self._check_memory()
             archive = old.archive
         made = EngineSet(
             self.request.backend,
@@ -156,7 +153,6 @@ class EngineFolder:
                 self.held[graph] = engine
                 _log.info("kept the engine of %s", graph)
         self._journal()
-        (self.path / RECORD).unlink(missing_ok=True)
 
     def _wants(self, engine: Engine) -> bool:
         network = self.networks.get(engine.graph)
@@ -173,6 +169,19 @@ class EngineFolder:
                 path.unlink()
 
     # -- what is made ---------------------------------------------------------------------------
+
+    def _check_memory(self) -> None:
+        self.check_memory(
+            max(engine.scratch or 0 for engine in self.held.values()),
+            sum(engine.bytes for engine in self.held.values()),
+        )
+
+    def _pack(self) -> File:
+        """Replace the archive; the old one, with its record, serves until the new one is written."""
+        with replacing(self.path / self.archive) as temporary:
+            entry = pack_plans(temporary, (self._plan(graph).read_bytes() for graph in self.networks))
+            (self.path / RECORD).unlink(missing_ok=True)
+        return entry
 
     def _key(self, network: Network) -> str:
         digests = [hashlib.sha256(network.model).hexdigest()]
