@@ -99,11 +99,11 @@ def find_packed(bundle: Bundle) -> list[PackedWeights]:
 
 def fitting_packed(bundle: Bundle, version: str, cpu: str) -> PackedWeights | None:
     """A bundle's packed weights for a version of ONNX Runtime and a CPU; None if none fit."""
-    packed = _read(bundle.path / ENGINES / packed_folder(version, cpu) / PACKED_RECORD)
-    if packed and packed_misfit(packed, bundle, version, cpu) is None:
-        return packed
-    for other in find_packed(bundle):
-        _log.info("%s: %s", other.folder, packed_misfit(other, bundle, version, cpu))
+    for packed in find_packed(bundle):
+        misfit = packed_misfit(packed, bundle, version, cpu)
+        if misfit is None:
+            return packed
+        _log.info("%s: %s", packed.folder, misfit)
     return None
 
 
@@ -120,7 +120,7 @@ def packed_misfit(packed: PackedWeights, bundle: Bundle, version: str, cpu: str)
 
 def write_packed(folder: Path, packed: PackedWeights) -> None:
     """Write ``packed.json``; the last act of a build."""
-    with replacing(folder / PACKED_RECORD) as temporary:
+    with replacing(folder / PACKED_RECORD, durable=True) as temporary:
         temporary.write_text(_serialise(packed), encoding="utf-8")
 
 
