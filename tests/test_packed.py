@@ -251,10 +251,7 @@ def test_weights_packed_elsewhere_are_left_alone_and_doctor_says_why(bundle, cha
     assert diagnose(bundle).healthy, "it runs without"
 
 
-def test_another_schedule_or_other_weights_want_new_packed_weights(
-    made, bundle, tiny_files, monkeypatch
-):
-    killing.substitute(made.file("full"), monkeypatch.setattr)
+def test_another_schedule_or_other_weights_want_new_packed_weights(bundle, tiny_files):
     for threshold, seed in ((0.2, tiny.SEED), (0.2, 99)):
         plan = tiny.plan(tiny_files, threshold=threshold, precision="int8")
         changed = build_bundle(bundle.path, tiny.request(plan, seed))
