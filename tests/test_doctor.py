@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -69,6 +70,24 @@ def test_a_machine_without_a_gpu_builds_for_rtx_and_runs_on_the_cpu(tensorrt):
     assert not found["run with ort-cuda"][0]
     assert "no GPU" in diagnosis_text(diagnose())
     assert diagnose().healthy
+
+
+def test_looking_for_gpus_leaves_the_device_that_was_current(monkeypatch):
+    from fake_cuda import OK, FakeRuntime
+
+    from l2c_export.engines import gpus
+
+    runtime = FakeRuntime()
+    runtime.cudaError_t = SimpleNamespace(cudaSuccess=OK)
+    runtime.cudaGetDeviceCount = lambda: (OK, 2)
+    runtime.cudaDriverGetVersion = lambda: (OK, 13010)
+    monkeypatch.setattr(gpus.importlib, "import_module", lambda name: runtime)
+    runtime.current = 1
+    assert [gpu.target for gpu in gpus.find_gpus()] == ["sm89", "sm89"]
+    assert runtime.current == 1
+    runtime.current = 0
+    gpus.find_gpus()
+    assert runtime.current == 0
 
 
 def test_a_machine_with_a_gpu_builds_and_runs_for_it(tensorrt, gpus):

@@ -47,14 +47,18 @@ def find_gpus() -> tuple[Gpu, ...]:
         ) from None
     (count,) = _call(runtime, "cudaGetDeviceCount")
     (driver,) = _call(runtime, "cudaDriverGetVersion")
+    (before,) = _call(runtime, "cudaGetDevice")
     found = []
-    for index in range(count):
-        _call(runtime, "cudaSetDevice", index)
-        (facts,) = _call(runtime, "cudaGetDeviceProperties", index)
-        free, total = _call(runtime, "cudaMemGetInfo")
-        name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
-        version = f"{driver // 1000}.{driver % 1000 // 10}"
-        found.append(Gpu(name.strip("\0"), (facts.major, facts.minor), total, free, version))
+    try:
+        for index in range(count):
+            _call(runtime, "cudaSetDevice", index)
+            (facts,) = _call(runtime, "cudaGetDeviceProperties", index)
+            free, total = _call(runtime, "cudaMemGetInfo")
+            name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
+            version = f"{driver // 1000}.{driver % 1000 // 10}"
+            found.append(Gpu(name.strip("\0"), (facts.major, facts.minor), total, free, version))
+    finally:
+        runtime.cudaSetDevice(before)
     return tuple(found)
 
 
