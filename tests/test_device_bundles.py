@@ -118,6 +118,14 @@ def test_verify_compares_the_device_call_by_call(folder, tmp_path):
     assert found["machine"]["backend"].startswith("look-alike of a device runner over onnxruntime")
 
 
+def test_the_price_of_a_session_is_what_it_takes(tmp_path):
+    bundle = make(tmp_path / "made", tiny.CONFIG.to_json(), sampler="ddpm", steps=40)
+    price = EngineBuild(read_bundle(bundle), EngineRequest("ort")).price
+    runner = Runner.load(bundle, "lookalike", threads=1)
+    session = runner.session(runner.manifest.batch[1])
+    assert 0.9 < (price.caches + price.state) / session.bytes["buffers"] < 1.05
+
+
 def test_verify_names_the_first_bad_call_of_a_device(folder, tmp_path, monkeypatch):
     upload = HostDevice.upload
 

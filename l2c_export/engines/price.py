@@ -26,7 +26,7 @@ class Price:
         constants: Weights inside of engines, added up.
         separate: Weights of all engines added up, if each held its own.
         caches: The buffers of stored slots.
-        state: Latents, histories and the conditioning.
+        state: Latents, histories, the noise of all calls and the conditioning.
     """
 
     engines: int
@@ -62,7 +62,10 @@ def price(manifest: Manifest, networks: Mapping[str, Network]) -> Price:
         separate=_sum(v for n in networks.values() for v in n.weights) + constants,
         caches=manifest.buffers * value_bytes(slot, sizes),
         state=value_bytes(row, sizes)
-        + sum(value_bytes(v, sizes) for v in {v.name: v for v in latents}.values()),
+        + sum(
+            value_bytes(v, sizes) * (len(manifest.calls) if v.name == "noise" else 1)
+            for v in {v.name: v for v in latents}.values()
+        ),
     )
 
 
