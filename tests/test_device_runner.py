@@ -19,6 +19,7 @@ from l2c_export.core.samplers import SAMPLERS, sampler_table
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime import Runner
 from l2c_export.runtime.device import session as device_session
+from l2c_export.runtime.device import weights as device_weights
 from l2c_export.runtime.device.host import HostDevice
 from l2c_export.runtime.device.session import DeviceSession
 
@@ -522,6 +523,42 @@ def test_several_threads_may_sample(bundles):
     for seed, latents in found.items():
         assert distance(latents, host.sample([seed, 2], seed=seed)) < 1e-6
     assert len(found) == 4
+
+
+# -- what goes wrong -------------------------------------------------------------------------------
+
+
+def test_weights_that_cannot_be_uploaded_are_said_and_leave_nothing(bundles, monkeypatch):
+    made = []
+
+    class Failing(HostDevice):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+        def upload(self, target, source, stream):
+            raise L2CError("cudaMemcpyAsync failed with cudaErrorLaunchFailure")
+
+    monkeypatch.setattr("l2c_export.runtime.device.host.HostDevice", Failing)
+    assert "cudaErrorLaunchFailure" in refused(bundles["ddim"])
+    assert made[0].memory().free == made[0].limit
+    assert not made[0]._streams
+
+
+def test_nor_do_streams_without_memory_to_copy_from(bundles, monkeypatch):
+    pinned = HostDevice.pinned
+    device, asked = HostDevice(), []
+
+    def refuse(self, size):
+        asked.append(size)
+        if len(asked) == 2:
+            raise UnsupportedError("no memory")
+        return pinned(self, size)
+
+    monkeypatch.setattr(HostDevice, "pinned", refuse)
+    with pytest.raises(UnsupportedError, match="no memory"):
+        device_weights.DeviceWeights(device, bundles["ddim"] / "weights.safetensors", ())
+    assert not device._streams
 
 
 # -- engines that do not fit ----------------------------------------------------------------------

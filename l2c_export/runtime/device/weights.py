@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
-import mmap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -86,23 +86,21 @@ class DeviceWeights:
 
 def _upload(device: Device, path: Path, arena: Arena, chosen: dict[str, _Stored]) -> None:
     """Copy from the mapped file through pinned buffers: pages are read while others are copied."""
-    streams = [device.create_stream() for _ in range(_BUFFERS)]
-    pinned = [device.pinned(_CHUNK) for _ in streams]
-    turns = itertools.cycle(zip(streams, pinned, strict=True))
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            source = np.frombuffer(mapped, np.uint8)
-            for name, tensor in chosen.items():
-                for begin in range(tensor.begin, tensor.end, _CHUNK):
-                    size = min(_CHUNK, tensor.end - begin)
-                    stream, buffer = next(turns)
-                    device.synchronize(stream)  # the copy that reads this buffer
-                    np.copyto(buffer[:size], source[begin : begin + size])
-                    device.upload(arena[name] + begin - tensor.begin, buffer[:size], stream)
-            del source  # or the mapping could not be closed
-    finally:
-        for stream in streams:
-            device.destroy_stream(stream)  # which waits for it
+    source = np.memmap(path, np.uint8, "r")
+    with contextlib.ExitStack() as undo:
+        buffers = []
+        for _ in range(_BUFFERS):
+            stream = device.create_stream()
+            undo.callback(device.destroy_stream, stream)  # which waits for it
+            buffers.append((stream, device.pinned(_CHUNK)))
+        turns = itertools.cycle(buffers)
+        for name, tensor in chosen.items():
+            for begin in range(tensor.begin, tensor.end, _CHUNK):
+                size = min(_CHUNK, tensor.end - begin)
+                stream, buffer = next(turns)
+                device.synchronize(stream)  # the copy that reads this buffer
+                np.copyto(buffer[:size], source[begin : begin + size])
+                device.upload(arena[name] + begin - tensor.begin, buffer[:size], stream)
 
 
 def _header(path: Path) -> dict[str, _Stored]:
