@@ -26,6 +26,8 @@ class Error(enum.Enum):
     cudaErrorInsufficientDriver = 35
     cudaErrorNoDevice = 100
     cudaErrorStreamCaptureUnsupported = 900
+    cudaErrorStreamCaptureInvalidated = 901
+    cudaErrorStreamCaptureIsolation = 905
     cudaErrorUnknown = 999
 
 
@@ -54,7 +56,8 @@ class FakeRuntime:
         self._events: dict[int, int] = {}
         self._graphs: dict[int, list[Work]] = {}
         self._pinned: dict[int, np.ndarray] = {}
-        self.empty_graphs = False
+        self.broken = OK  # what is said at the end of a capture
+        self.last = OK
 
     def __getattribute__(self, name: str):
         value = object.__getattribute__(self, name)
@@ -62,6 +65,7 @@ class FakeRuntime:
             return value
         self.calls.append(name)
         if name in self.fails:
+            self.last = self.fails[name]
             return lambda *_: (self.fails[name], None)
         return value
 
@@ -69,7 +73,8 @@ class FakeRuntime:
         return OK, f"words for {error.value}".encode()
 
     def cudaGetLastError(self):
-        return (OK,)
+        last, self.last = self.last, OK
+        return (last,)
 
     def cudaGetDevice(self):
         return OK, self.current
@@ -152,8 +157,11 @@ class FakeRuntime:
 
     def cudaStreamEndCapture(self, stream):
         works = self.host.end_capture(stream)
+        if self.broken is not OK:
+            self.last = self.broken
+            return self.broken, None
         graph = 5000 + len(self._graphs)
-        self._graphs[graph] = [] if self.empty_graphs else works
+        self._graphs[graph] = works
         return OK, graph
 
     def cudaGraphGetNodes(self, graph, number):

@@ -250,6 +250,27 @@ def test_a_capture_that_fails_leaves_the_stream_usable(device, runtime):
         device.capture(stream, lambda: device.fill(place, 1, 4, stream))
 
 
+@pytest.mark.parametrize(
+    "error", [Error.cudaErrorStreamCaptureInvalidated, Error.cudaErrorStreamCaptureIsolation]
+)
+def test_a_capture_that_is_broken_off_leaves_no_error_to_others(device, runtime, error):
+    stream = device.create_stream()
+    runtime.broken = error
+    with pytest.raises(UnsupportedError, match="cannot be part of a CUDA graph"):
+        device.capture(stream, lambda: None)
+    assert runtime.last is OK
+
+
+def test_what_went_wrong_first_is_what_is_told(device, runtime):
+    def fail() -> None:
+        with device.current():
+            runtime.fails["cudaSetDevice"] = Error.cudaErrorUnknown
+            raise L2CError("the first")
+
+    with pytest.raises(L2CError, match="the first"):
+        fail()
+
+
 def test_a_captured_graph_runs_when_it_is_launched(device):
     stream = device.create_stream()
     place = device.allocate(256, "a test")

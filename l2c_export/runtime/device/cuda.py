@@ -21,8 +21,21 @@ _HINTS = {
     "(install a newer one, or the cuda-bindings of the CUDA version that nvidia-smi shows)",
     "cudaErrorInvalidDevice": "there is no GPU of that number (see nvidia-smi -L)",
     "cudaErrorNoKernelImageForDevice": "the engines were built for other GPUs (build them here)",
-    "cudaErrorStreamCaptureUnsupported": "what was enqueued cannot be part of a CUDA graph",
     "cudaErrorIllegalAddress": "a kernel used memory that is not its own (restart the process)",
+    **dict.fromkeys(
+        (
+            "cudaErrorStreamCaptureUnsupported",
+            "cudaErrorStreamCaptureInvalidated",
+            "cudaErrorStreamCaptureMerge",
+            "cudaErrorStreamCaptureUnmatched",
+            "cudaErrorStreamCaptureUnjoined",
+            "cudaErrorStreamCaptureIsolation",
+            "cudaErrorStreamCaptureImplicit",
+            "cudaErrorStreamCaptureWrongThread",
+            "cudaErrorCapturedEvent",
+        ),
+        "what was enqueued cannot be part of a CUDA graph",
+    ),
 }
 
 
@@ -49,8 +62,10 @@ class CudaDevice:
         self._call("cudaSetDevice", self.index)
         try:
             yield
-        finally:
-            self._call("cudaSetDevice", before)
+        except BaseException:
+            self._rt.cudaSetDevice(before)  # what went wrong first is what to tell
+            raise
+        self._call("cudaSetDevice", before)
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -62,7 +77,7 @@ class CudaDevice:
         """Device memory; the driver aligns it to 256 bytes or more."""
         error, address = self._rt.cudaMalloc(max(size, 1))
         if self._name(error) == "cudaErrorMemoryAllocation":
-            self._rt.cudaGetLastError()  # else the next call of anybody reports it once more
+            self._rt.cudaGetLastError()  # as in _check
             free, total = self.memory()
             raise UnsupportedError(
                 f"{_mib(size)} for {purpose} do not fit: {self.name}, has {_mib(free)} "
@@ -84,7 +99,7 @@ class CudaDevice:
         return np.ctypeslib.as_array(memory)
 
     def upload(self, target: int, source: NDArray[Any], stream: int) -> None:
-        """Copy; the driver has taken what is not pinned when this returns."""
+        """Copy; the driver has taken what is not pinned when this returns, and may wait before."""
         if source.nbytes:
             assert source.flags.c_contiguous
             self._copy(target, source.ctypes.data, source.nbytes, "cudaMemcpyHostToDevice", stream)
@@ -141,7 +156,6 @@ class CudaDevice:
         except BaseException:
             with contextlib.suppress(L2CError):  # or the stream would stay in capture for ever
                 self._destroy(self._call("cudaStreamEndCapture", stream))
-            self._rt.cudaGetLastError()
             raise
         graph = self._call("cudaStreamEndCapture", stream)
         try:
@@ -180,6 +194,7 @@ class CudaDevice:
         name = self._name(error)
         if name == "cudaSuccess":
             return
+        self._rt.cudaGetLastError()  # else the next call of anybody reports it once more
         text = self._rt.cudaGetErrorString(error)[1]
         said = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
         hint = _HINTS.get(name)
