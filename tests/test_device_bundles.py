@@ -118,6 +118,20 @@ def test_verify_compares_the_device_call_by_call(folder, tmp_path):
     assert found["machine"]["backend"].startswith("look-alike of a device runner over onnxruntime")
 
 
+def test_run_launches_whole_trajectories(folder, tmp_path, monkeypatch):
+    launched, launch = [], HostDevice.launch
+    monkeypatch.setattr(
+        HostDevice, "launch", lambda self, *given: launched.append(self) or launch(self, *given)
+    )
+    high = read_bundle(folder).manifest.batch[1]
+    labels = ",".join(["1"] * 3 * high)
+    output = tmp_path / "latents.npy"
+    invoke("run", folder, "--backend", "lookalike", "--labels", labels, "-o", output)
+    assert len(launched) == 3
+    wanted = Runner.load(folder, threads=1).sample([1] * 3 * high, seed=0)
+    assert distance(np.load(output), wanted) < 1e-5
+
+
 def test_the_price_of_a_session_is_what_it_takes(tmp_path):
     bundle = make(tmp_path / "made", tiny.CONFIG.to_json(), sampler="ddpm", steps=40)
     price = EngineBuild(read_bundle(bundle), EngineRequest("ort")).price

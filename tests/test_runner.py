@@ -263,6 +263,7 @@ class FakeBackend:
     """Records the addresses that graphs are bound to; runs nothing."""
 
     version = "fake"
+    streams = False
 
     def __init__(self, bundle, threads=None):
         self.bound = []

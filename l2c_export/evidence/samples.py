@@ -65,7 +65,7 @@ def sample_to_files(
         options: What to sample.
         output: ``.npz`` (latents, labels, noise, facts), ``.npy`` (latents) or ``.png`` (a grid);
             with ``.npz``, a model that makes images gets its ``.png`` beside it if Pillow is there.
-        progress: Told each call.
+        progress: Told each call; on a device, which runs them all at once, the beginning and the end.
 
     Returns:
         What was done, ready for JSON; ``outputs`` are the files.
@@ -83,6 +83,8 @@ def sample_to_files(
     labels = options.labels or default_labels(manifest, None if given is None else len(given))
     seed = options.seed or 0 if manifest.stochastic or not options.noise else None
     noise = check_noise(manifest, len(labels), given, seed)
+    total, counted = _trajectories(manifest, len(labels)) * len(manifest.calls), itertools.count(1)
+    progress(0, total)
     began = time.perf_counter()
     latents = runner.sample(
         labels,
@@ -90,9 +92,10 @@ def sample_to_files(
         seed=seed if manifest.stochastic else None,
         guidance_scale=options.guidance_scale,
         cached=options.cached,
-        callback=_counter(manifest, len(labels), progress),
+        callback=None if runner.backend.streams else lambda *_: progress(next(counted), total),
     )
     seconds = time.perf_counter() - began
+    progress(total, total)
     if not np.isfinite(latents).all():
         raise L2CError(f"the result has NaN or infinite values; see: l2c-export verify {bundle}")
     trajectories = _trajectories(manifest, len(labels))
@@ -130,11 +133,6 @@ def default_labels(manifest: Manifest, count: int | None = None) -> tuple[int, .
 
 def _trajectories(manifest: Manifest, images: int) -> int:
     return math.ceil(images / manifest.batch[1])
-
-
-def _counter(manifest: Manifest, images: int, progress: Progress) -> Callable[..., None]:
-    total, done = _trajectories(manifest, images) * len(manifest.calls), itertools.count(1)
-    return lambda *_: progress(next(done), total)
 
 
 def _read_noise(path: Path) -> NDArray[Any]:

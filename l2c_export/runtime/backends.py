@@ -41,6 +41,10 @@ class Backend(Protocol):
     version: str
     """Name and version, as reports print them."""
 
+    streams: bool
+    """Whether sessions are on a device, where a whole trajectory is enqueued at once: looking at its
+    calls one by one has the host wait for each."""
+
     def load(self, graph: str) -> Any:
         """Load one graph of the manifest; may be called by several threads at once."""
 

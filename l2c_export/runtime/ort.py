@@ -52,6 +52,8 @@ def _run(session: ort.InferenceSession, binding: ort.IOBinding, _alive: tuple[Ar
 class OrtBackend:
     """Sessions over the bundle's mapped weights."""
 
+    streams = False
+
     def __init__(self, bundle: Bundle, threads: int | None, packed: bool = True) -> None:
         """Look for weights that are packed for this CPU.
 

@@ -134,7 +134,8 @@ class Runner:
             guidance_scale: Of classifier-free guidance; None is the bundle's own.
             cached: False computes everything in every call.
             call_noise: (calls, N, C, H, W) float32: what the calls of a stochastic sampler draw.
-            callback: Called after each call of each batch in turn; may raise to stop.
+            callback: Called after each call of each batch in turn; may raise to stop. On a device
+                every call is then launched by itself and waited for.
 
         Returns:
             (N, C, H, W) latents: a new array.
@@ -168,6 +169,8 @@ class Runner:
         """Sample one batch in device memory, in the order of a stream, without waiting for it.
 
         The work waits for what is on the stream now, and what comes next on the stream waits for it.
+        The host waits for none of it, but where it is two trajectories ahead: for the older one. What
+        does wait is giving memory back, as where an earlier result is dropped: ``out`` avoids it.
 
         Args:
             labels: (N,) integer classes in host memory; N in the range that the bundle was built for.
@@ -190,9 +193,9 @@ class Runner:
         """
         labels = check_labels(self.manifest, labels)
         check_batch(self.manifest, len(labels))
+        if not self.backend.streams:
+            raise UnsupportedError(f"{self.backend.version} has no stream: use sample()")
         with self._lent(len(labels)) as session:
-            if not hasattr(session, "result"):
-                raise UnsupportedError(f"{self.backend.version} has no stream: use sample()")
             on_device = cast(StreamSession, session)
             on_device.start(
                 labels,

@@ -31,6 +31,8 @@ class DeviceBackend:
         graphs: What sessions capture.
     """
 
+    streams = True
+
     def __init__(
         self,
         bundle: Bundle,
