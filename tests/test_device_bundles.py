@@ -240,6 +240,13 @@ def test_a_context_keeps_a_graph_for_each_set_of_addresses(folder, monkeypatch):
         assert np.all(device.view(arena["x.next"], size).view(np.float32) == 2 * (1 + turn) + 5)
     ids = [options.get_run_config_entry("gpu_graph_id") for _, options in context._kept.values()]
     assert ids == ["1", "2"]
+    opened.clear()
+    run = ort_engine._run
+    monkeypatch.setattr(ort_engine, "_run", lambda *given: opened.append(given) or run(*given))
+    assert context.execute_once(77)
+    ((_, _, options),) = opened
+    assert options.get_run_config_entry("gpu_graph_id") == "-1"
+    assert len(context._kept) == 2
 
 
 def test_a_network_that_onnxruntime_does_not_take_is_named(folder):

@@ -62,7 +62,8 @@ def test_a_trajectory_of_engines_is_that_of_the_host_runner(trt, bundle, graphs)
     host = Runner.load(bundle.path, threads=1)
     for seed in range(2):
         assert np.allclose(runner.sample([3, 7], seed=seed), host.sample([3, 7], seed=seed), atol=1e-6)
-    captured = {"trajectory": 1, "call": len(PROGRAM), "none": 0}[graphs]
+    alone = len(set(runner.manifest.step_graphs())) + 2
+    captured = {"trajectory": alone + 1, "call": alone + len(PROGRAM), "none": 0}[graphs]
     assert trt.runtime.modes == ["thread local"] * captured
     assert runner.backend.version == "fake_rtx 1.7.1 on Fake GPU, compute capability 8.9"
 
@@ -107,6 +108,20 @@ def test_compiled_kernels_are_kept_for_the_next_process(trt, bundle):
     assert cache.read_bytes() == b"compiled"
     Runner.load(bundle.path, "rtx").sample([1], seed=0)
     assert cache.read_bytes() == b"compiledcompiled"
+
+
+@pytest.mark.parametrize("graphs", ["trajectory", "none"])
+def test_and_where_no_graph_is_captured(trt, bundle, graphs):
+    (folder,) = bundle.path.glob("engines/*")
+    seen = []
+
+    def look(index, *_):
+        seen.append((folder / "kernels-sm89.cache").exists())
+
+    runner = Runner.load(bundle.path, "rtx", graphs=graphs)
+    runner.sample([1], seed=0, callback=look if graphs == "trajectory" else None)
+    assert (folder / "kernels-sm89.cache").read_bytes() == b"compiled"
+    assert not any(seen[:-1])
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(trt, bundle, monkeypatch, caplog):
@@ -352,6 +367,25 @@ def test_what_is_on_the_device(device):
     assert on_device(Foreign(array), device)
     assert not on_device(np.zeros(2), device)
     assert not on_device([1.0], device)
+    with pytest.raises(L2CError, match="in the memory of GPU 0, the runner is on Fake GPU"):
+        on_device(array, CudaDevice(1))
+
+
+def test_an_array_is_given_back_when_it_is_filled(trt, bundle):
+    """Without a stream of the caller's, nobody else could wait for it."""
+    runner = Runner.load(bundle.path, "rtx")
+    trt.runtime.current = 0
+    device = runner.backend.device
+    array = DeviceArray(device, (1, *runner.manifest.latent), np.float32, device.create_stream())
+    session = runner.session(1)
+    session.start([3], seed=4)
+    session.run()
+    session.start([3], seed=4)
+    session.run()
+    session.result(out=Foreign(array))
+    found = trt.runtime.host.view(array.address, array.nbytes).view(np.float32)
+    wanted = Runner.load(bundle.path, threads=1).sample([3], seed=4)
+    assert np.allclose(found, wanted.ravel(), atol=1e-6)
 
 
 # -- the real modules have what is used ---------------------------------------------------------------

@@ -18,7 +18,7 @@ from l2c_export.core.sampler_call import is_stochastic
 from l2c_export.core.samplers import SAMPLERS, sampler_table
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime import Runner
-from l2c_export.runtime.device import session as device_session
+from l2c_export.runtime.device import ort_engine
 from l2c_export.runtime.device import weights as device_weights
 from l2c_export.runtime.device.host import HostDevice
 from l2c_export.runtime.device.session import DeviceSession
@@ -312,7 +312,8 @@ def asked_in_a_trajectory(runner: Runner, session: DeviceSession) -> list[str]:
 
 def test_a_trajectory_is_one_launch(runner):
     session = runner.session(2)
-    assert asked_in_a_trajectory(runner, session).count("begin capture") == 1
+    alone = len(set(runner.manifest.step_graphs())) + 2
+    assert asked_in_a_trajectory(runner, session).count("begin capture") == alone + 1
     for _ in range(2):
         assert asked_in_a_trajectory(runner, session) == ["launch"]
 
@@ -320,7 +321,8 @@ def test_a_trajectory_is_one_launch(runner):
 def test_or_a_launch_a_call(bundles):
     runner = Runner.load(bundles["ddim"], "lookalike", 1, graphs="call")
     session = runner.session(2)
-    assert asked_in_a_trajectory(runner, session).count("begin capture") == len(PROGRAM)
+    alone = len(set(runner.manifest.step_graphs())) + 2
+    assert asked_in_a_trajectory(runner, session).count("begin capture") == alone + len(PROGRAM)
     assert asked_in_a_trajectory(runner, session) == ["launch"] * len(PROGRAM)
 
 
@@ -337,69 +339,13 @@ def test_or_nothing_but_engines_between_which_the_host_does_not_wait(bundles):
 
 def test_every_context_runs_before_it_is_captured(runner):
     runner.sample([3, 7], seed=0)
-    asked = device(runner).asked
+    asked, during, capturing = device(runner).asked, [], False
     before = asked[: asked.index(("begin capture", ""))]
-    during = asked[asked.index(("begin capture", "")) : asked.index(("end capture", ""))]
-    assert {what for kind, what in during if kind == "run"} <= {w for k, w in before if k == "run"}
+    for what in asked:
+        capturing = what[0] == "begin capture" or (capturing and what[0] != "end capture")
+        during += [what] * capturing
+    assert {what for kind, what in during if kind == "run"} == {w for k, w in before if k == "run"}
     assert not {kind for kind, _ in during} & {"allocate", "free", "synchronize", "upload", "download"}
-
-
-class EmptyGraphs(HostDevice):
-    """Captures nothing, as where a context runs on another device than the stream."""
-
-    def end_capture(self, stream):
-        super().end_capture(stream)
-        return []
-
-
-class StaleGraphs(HostDevice):
-    """Replays all but the last run, as a graph of buffers that are no longer there would."""
-
-    def end_capture(self, stream):
-        return super().end_capture(stream)[:-1]
-
-
-class NoGraphs(HostDevice):
-    """Cannot capture."""
-
-    def capture(self, stream, enqueue):
-        raise UnsupportedError("operation not permitted when stream is capturing")
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [(EmptyGraphs, "a captured graph is empty"), (StaleGraphs, "does not compute what its engines")],
-)
-@pytest.mark.parametrize("graphs", ["trajectory", "call"])
-def test_a_graph_that_does_not_do_its_work_is_found_out(bundles, monkeypatch, kind, message, graphs):
-    monkeypatch.setattr("l2c_export.runtime.device.host.HostDevice", kind)
-    with pytest.raises(L2CError, match=message):
-        Runner.load(bundles["ddim"], "lookalike", 1, graphs=graphs).sample([1], seed=0)
-
-
-def test_where_nothing_can_be_captured_calls_are_enqueued_and_that_is_said(
-    bundles, monkeypatch, caplog
-):
-    wanted = Runner.load(bundles["ddim"], threads=1).sample([1], seed=0)
-    monkeypatch.setattr("l2c_export.runtime.device.host.HostDevice", NoGraphs)
-    runner = Runner.load(bundles["ddim"], "lookalike", 1)
-    session = runner.session(1)
-    for _ in range(2):
-        session.start([1], seed=0)
-        session.run()
-        assert distance(session.x, wanted) < 1e-6
-    assert session.graphs == "none"
-    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-        "calls are enqueued one by one, since no graph can be captured: "
-        "operation not permitted when stream is capturing"
-    ]
-
-
-def test_a_graph_of_numbers_that_are_not_finite_is_still_a_graph():
-    one = np.array([1.0, np.nan, np.inf], np.float32)
-    assert device_session._alike(one, one)
-    assert not device_session._alike(one, np.array([1.0, 2.0, np.inf], np.float32))
-    assert not device_session._alike(np.array([1.5], np.float32), np.array([1.0], np.float32))
 
 
 # -- streams, threads, arrays ---------------------------------------------------------------------
@@ -451,6 +397,63 @@ def test_our_stream_waits_for_the_callers_whichever_is_looked_at_first(runner, b
     runner.enqueue([1], mine, seed=5, out=out)
     device(runner).synchronize(runner._idle[0].stream)
     assert distance(out.numpy(), Runner.load(bundles["ddim"], threads=1).sample([1], seed=5)) < 1e-6
+
+
+def test_a_result_outlives_its_session(runner, bundles):
+    wanted = Runner.load(bundles["ddim"], threads=1).sample([1], seed=0)
+    session = runner.session(1)
+    session.start([1], seed=0)
+    session.run()
+    closed = session.result()
+    session.close()
+    session = runner.session(1)
+    session.start([1], seed=0)
+    session.run()
+    dropped = session.result()
+    del session
+    assert distance(closed.numpy(), wanted) < 1e-6
+    assert distance(np.from_dlpack(dropped), wanted) < 1e-6
+    del closed, dropped
+    assert not device(runner)._streams
+
+
+def test_the_result_of_one_session_may_take_that_of_another(runner, bundles):
+    first, second = runner.session(1), runner.session(1)
+    first.start([1], seed=0)
+    first.run()
+    array = first.result()  # which is not there yet
+    second.start([2], seed=1)
+    second.run()
+    assert second.result(out=array) is array
+    wanted = Runner.load(bundles["ddim"], threads=1).sample([2], seed=1)
+    assert distance(array.numpy(), wanted) < 1e-6
+    assert distance(first.x, Runner.load(bundles["ddim"], threads=1).sample([1], seed=0)) < 1e-6
+    assert distance(array.numpy(), wanted) < 1e-6  # whichever is looked at first
+
+
+@pytest.mark.parametrize("updates", ["ddim", "noise"])
+@pytest.mark.parametrize("graphs", ["trajectory", "none"])
+def test_the_host_is_at_most_two_trajectories_ahead_and_waits_for_nothing_else(
+    bundles, updates, graphs
+):
+    runner = Runner.load(bundles[updates], "lookalike", 1, graphs=graphs)
+    mine = device(runner).create_stream()
+    kept = [runner.enqueue([1], mine, seed=0)]
+    kept[0].numpy()
+    device(runner).done.clear()
+    for seed, whole in ((1, 0), (2, 0), (3, 1), (4, 2)):
+        kept.append(runner.enqueue([1], mine, seed=seed))
+        updated = [work for work in device(runner).done if work.what == UPDATE]
+        assert len(updated) == whole * len(PROGRAM)
+    host = Runner.load(bundles[updates], threads=1)
+    for seed, array in enumerate(kept):
+        assert distance(array.numpy(), host.sample([1], seed=seed)) < 1e-6
+    out = kept[0]
+    device(runner).done.clear()
+    for seed in (5, 6):
+        runner.enqueue([1], mine, seed=seed, out=out)
+    assert not [work for work in device(runner).done if work.what == UPDATE]
+    assert distance(out.numpy(), host.sample([1], seed=6)) < 1e-6
 
 
 def test_noise_is_the_callers_again_once_it_is_copied(runner):
@@ -528,6 +531,26 @@ def test_several_threads_may_sample(bundles):
 # -- what goes wrong -------------------------------------------------------------------------------
 
 
+def test_a_session_is_started_before_it_is_used_and_not_closed(runner):
+    session = runner.session(1)
+    uses = (
+        session.run,
+        session.step,
+        session.result,
+        lambda: session.x,
+        lambda: session.slot("00.attn"),
+        lambda: session.run_call(0, np.zeros((1, *LATENT), np.float32)),
+    )
+    for use in uses:
+        with pytest.raises(L2CError, match=r"no trajectory was started; begin one with start\(\)"):
+            use()
+    session.start([1], seed=0)
+    session.close()
+    for use in (*uses, lambda: session.start([1], seed=0)):
+        with pytest.raises(L2CError, match="the session is closed; make another"):
+            use()
+
+
 def test_weights_that_cannot_be_uploaded_are_said_and_leave_nothing(bundles, monkeypatch):
     made = []
 
@@ -559,6 +582,23 @@ def test_nor_do_streams_without_memory_to_copy_from(bundles, monkeypatch):
     with pytest.raises(UnsupportedError, match="no memory"):
         device_weights.DeviceWeights(device, bundles["ddim"] / "weights.safetensors", ())
     assert not device._streams
+
+
+def test_no_graph_is_kept_of_a_single_call(runner, monkeypatch):
+    once, run = [], ort_engine._HostContext.execute_async_v3
+
+    def run_once(self, stream):
+        once.append(self._bound.record.graph)
+        return run(self, stream)
+
+    monkeypatch.setattr(ort_engine._HostContext, "execute_once", run_once, raising=False)
+    session = runner.session(1)
+    session.start([1], seed=0)
+    session.run()
+    session.run_call(0, session.x)
+    session.start([1], seed=1)
+    session.run()
+    assert once == [runner.manifest.calls[0].graph]
 
 
 # -- engines that do not fit ----------------------------------------------------------------------

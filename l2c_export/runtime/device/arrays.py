@@ -84,14 +84,26 @@ class DeviceArray:
         shape: Of the array.
         dtype: Of the array.
         address: Of its first value.
-        stream: What fills it runs there; :meth:`numpy` and ``__dlpack__`` order themselves after it.
+        stream: What fills it runs there; :meth:`numpy` and ``__dlpack__`` order themselves after it. A
+            caller's own must last as long as the array.
     """
 
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: Any, stream: int) -> None:
+    def __init__(
+        self, device: Device, shape: tuple[int, ...], dtype: Any, stream: int, owner: object = None
+    ) -> None:
+        """Allocate it.
+
+        Args:
+            device: Where.
+            shape: Of the array.
+            dtype: Of the array.
+            stream: What will fill it runs there.
+            owner: Keeps that stream; None where the caller does.
+        """
         self.shape = shape
         self.dtype = np.dtype(dtype)
         self.nbytes = math.prod(shape) * self.dtype.itemsize
-        self.stream = stream
+        self.filled_on(stream, owner)
         self._device = device
         self.address = device.allocate(self.nbytes, f"a result of shape {shape}")
 
@@ -99,6 +111,10 @@ class DeviceArray:
         if hasattr(self, "address"):
             with self._device.current():
                 self._device.free(self.address)
+
+    def filled_on(self, stream: int, owner: object = None) -> None:
+        """Take note of what fills it from now on: arguments as above."""
+        self.stream, self._owner = stream, owner
 
     def checked(self, shape: tuple[int, ...], dtype: Any, what: str) -> int:
         """The address, if the array is of this shape and dtype.
@@ -184,14 +200,12 @@ def on_device(value: Any, device: Device) -> bool:
     Raises:
         L2CError: It is in the memory of another GPU.
     """
-    if isinstance(value, DeviceArray):
-        return True
     if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack_device__"):
         return False
     kind, index = (int(part) for part in value.__dlpack_device__())
     if kind == _CUDA and (kind, index) != device.dlpack:
         raise L2CError(f"an array is in the memory of GPU {index}, the runner is on {device.name}")
-    return kind == _CUDA
+    return kind == _CUDA or (isinstance(value, DeviceArray) and (kind, index) == device.dlpack)
 
 
 def _contiguous(shape: tuple[int, ...], strides: list[int]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from l2c_export.core.bundle import Value
 from l2c_export.core.engines import Engine as Record
 from l2c_export.errors import L2CError
-from l2c_export.runtime.device.protocols import ALIGNMENT, Context
+from l2c_export.runtime.device.protocols import ALIGNMENT, Context, KeepingContext
 from l2c_export.runtime.device.weights import DeviceWeights
 
 
@@ -40,12 +40,13 @@ class Bound:
         for value in record.weights:
             self._set(value.name, weights[value.name])
 
-    def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
+    def enqueue(self, addresses: Mapping[str, int], stream: int, once: bool = False) -> None:
         """Run once on a stream.
 
         Args:
             addresses: Name to address; must have every input and output that is no weight.
             stream: Where to.
+            once: Whether these addresses do not come again, so that no graph of them is of use.
 
         Raises:
             L2CError: An input has no address, or the engine refuses to run.
@@ -58,7 +59,19 @@ class Bound:
                 )
             if self._addresses.get(value.name) != addresses[value.name]:
                 self._set(value.name, addresses[value.name])
-        if not self._context.execute_async_v3(stream):
+        self.repeat(stream, once)
+
+    def repeat(self, stream: int, once: bool = False) -> None:
+        """Run once more, with the same addresses.
+
+        Raises:
+            L2CError: The engine refuses to run.
+        """
+        if once and isinstance(self._context, KeepingContext):
+            done = self._context.execute_once(stream)
+        else:
+            done = self._context.execute_async_v3(stream)
+        if not done:
             raise L2CError(f"the engine of {self._record.graph} did not run; see the log with -vv")
 
     def _set(self, name: str, address: int) -> None:

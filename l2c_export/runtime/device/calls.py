@@ -16,9 +16,14 @@ from l2c_export.runtime.device.bound import Bound
 from l2c_export.runtime.device.conditioning import ConditioningTable
 from l2c_export.runtime.device.memory import Arena, item_bytes, padded
 from l2c_export.runtime.device.protocols import Device, Engine
+from l2c_export.runtime.device.staging import Staging, Stream
 from l2c_export.runtime.device.weights import DeviceWeights
 from l2c_export.runtime.inputs import check_batch
+from l2c_export.runtime.noise import NoiseSource
 from l2c_export.runtime.sampler_state import Floats
+
+GIVEN = frozenset({"start", "guidance_scale", "labels", "timesteps", "coefficients", "noise"})
+"""Buffers that the host fills; engines fill all others."""
 
 
 class Shared(Protocol):
@@ -61,6 +66,7 @@ class Calls:
         self._bound: dict[str, Bound] = {}
         self._program: tuple[ProgramCall, ...] = ()
         self._chunk: int | None = None
+        self._once = False  # whether what is enqueued now has addresses that do not come again
         self._closing = contextlib.ExitStack()
         with self._device.current(), contextlib.ExitStack() as undo:
             self._arena = Arena(self._device, f"a session of batch {batch}", self._buffers())
@@ -72,9 +78,12 @@ class Calls:
                 {"scratch": max(shared.engine(name).scratch for name in graphs)},
             )
             undo.callback(self._scratch.close)
-            self.stream = self._device.create_stream()
-            undo.callback(self._device.destroy_stream, self.stream)
+            self._stream = Stream(self._device)
+            self.stream = self._stream.handle
+            inputs = ["start", "guidance_scale", "labels", *({"noise"} & set(self._sources))]
+            self._staging = Staging(self._device, self._arena, inputs)
             self._send(self._coefficients(), "coefficients")
+            self._send(self._table.timesteps(), "timesteps")
             self._closing = undo.pop_all()
         self.bytes = {"buffers": self._arena.size, "scratch": self._scratch.size}
 
@@ -107,17 +116,27 @@ class Calls:
         wide[:, : rows.shape[1]] = rows
         return wide
 
+    def _drawn(self, draw: NoiseSource | None) -> Floats:
+        """(calls, stride) the noise of all calls, in their order."""
+        assert draw is not None
+        wide = np.zeros((len(self._manifest.calls), padded(self._latent_bytes) // 4), np.float32)
+        one: Floats = np.empty(self._shape, np.float32)
+        for index, row in enumerate(wide):
+            draw(index, one)
+            row[: one.size] = one.ravel()
+        return wide
+
     def _begin(self) -> None:
         """The latent is the noise; what the sampler keeps is zero, since 0 times NaN is NaN."""
-        self._device.copy(self._arena["x.0"], self._arena["start"], self._latent_bytes, self.stream)
+        self._copy(self._arena["x.0"], self._arena["start"], self._latent_bytes)
         for name in self._targets[1:]:
-            self._device.fill(self._arena[f"{name}.0"], 0, self._latent_bytes, self.stream)
+            self._fill(self._arena[f"{name}.0"], 0, self._latent_bytes)
 
     def _condition(self, index: int) -> None:
         """See that the table has the rows of a call."""
         chunk = self._table.chunk_of(index)
         if chunk != self._chunk:
-            self._table.fill(self._device, self._arena, chunk, self._engine, self.stream)
+            self._table.fill(self._arena, chunk, self._engine, self._copy)
             self._chunk = chunk
 
     def _call(self, index: int) -> None:
@@ -155,7 +174,13 @@ class Calls:
             context = engine.context(self._scratch["scratch"], self._scratch.size, self.stream)
             record = self._shared.engines.engine(graph)
             self._bound[graph] = Bound(record, context, self._shared.weights, self._sizes)
-        self._bound[graph].enqueue(addresses, self.stream)
+        self._bound[graph].enqueue(addresses, self.stream, self._once)
+
+    def _copy(self, target: int, source: int, size: int) -> None:
+        self._device.copy(target, source, size, self.stream)
+
+    def _fill(self, target: int, byte: int, size: int) -> None:
+        self._device.fill(target, byte, size, self.stream)
 
     def _send(self, array: NDArray[Any], buffer: str) -> None:
         self._device.upload(self._arena[buffer], np.ascontiguousarray(array), self.stream)

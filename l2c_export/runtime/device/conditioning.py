@@ -16,13 +16,15 @@ from l2c_export.core.bundle import CONDITIONING, Manifest
 from l2c_export.core.engines import EngineSet
 from l2c_export.errors import L2CError
 from l2c_export.runtime.device.memory import Arena, item_bytes, padded
-from l2c_export.runtime.device.protocols import Device
 
 # As in runtime/session.py.
 _TABLE_BYTES = 64 << 20
 
 Enqueue = Callable[[str, dict[str, int]], None]
 """Runs an engine with its tensors at addresses."""
+
+Copy = Callable[[int, int, int], None]
+"""Copies to an address, from an address, so many bytes."""
 
 
 class ConditioningTable:
@@ -66,25 +68,23 @@ class ConditioningTable:
             )
         return calls
 
-    def upload(self, device: Device, arena: Arena, labels: NDArray[np.int64], stream: int) -> None:
-        """Send labels and timesteps of a new trajectory.
-
-        Args:
-            device: Where to.
-            arena: Has the buffers of :attr:`sizes`.
-            labels: (B,) classes.
-            stream: Where it is enqueued.
-        """
-        if self._null is not None:
-            labels = np.concatenate([labels, np.full_like(labels, self._null)])
-        device.upload(arena["labels"], np.tile(labels, self.calls), stream)
-        for chunk in range(self._chunks):
+    def timesteps(self) -> NDArray[np.float32]:
+        """(chunks, stride) what ``"timesteps"`` holds in every trajectory: one aligned row a chunk."""
+        wide = np.zeros((self._chunks, padded(4 * self.n) // 4), np.float32)
+        for chunk, row in enumerate(wide):
             of = self._timesteps[chunk * self.calls : (chunk + 1) * self.calls]
             # the last chunk is filled up, so that all have one shape
             of = np.concatenate([of, np.full(self.calls - len(of), of[-1], np.float32)])
-            device.upload(self._timesteps_at(arena, chunk), np.repeat(of, self._rows), stream)
+            row[: self.n] = np.repeat(of, self._rows)
+        return wide
 
-    def fill(self, device: Device, arena: Arena, chunk: int, enqueue: Enqueue, stream: int) -> None:
+    def labels(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) what ``"labels"`` holds for (B,) classes: those of every call of a chunk."""
+        if self._null is not None:
+            labels = np.concatenate([labels, np.full_like(labels, self._null)])
+        return np.tile(labels, self.calls)
+
+    def fill(self, arena: Arena, chunk: int, enqueue: Enqueue, copy: Copy) -> None:
         """Enqueue the computation of a chunk."""
         packed = "conditioning.packed" in self.sizes
         enqueue(
@@ -97,7 +97,7 @@ class ConditioningTable:
         )
         for i in range(self.calls if packed else 0):
             source = arena["conditioning.packed"] + i * self._bytes
-            device.copy(arena["conditioning"] + i * self._stride, source, self._bytes, stream)
+            copy(arena["conditioning"] + i * self._stride, source, self._bytes)
 
     def chunk_of(self, call: int) -> int:
         """The chunk that a call is in."""

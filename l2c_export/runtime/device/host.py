@@ -1,8 +1,9 @@
 """Host memory that stands in for a device, so that the runner can be run and watched without one.
 
 It is strict where CUDA is undefined: memory starts out poisoned, every access is checked against what
-is allocated, and a stream does nothing before somebody waits for it, so a missing wait shows. What
-was enqueued and what ran is recorded.
+is allocated, and a stream does nothing before somebody waits for it, so a missing wait shows. What a
+driver may wait for is waited for: a stream where a copy from memory that is not pinned is enqueued, and
+all of them where memory is given back. What was enqueued and what ran is recorded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import bisect
 import contextlib
 import itertools
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -68,7 +70,7 @@ class HostDevice:
         self.limit = limit
         self._held: dict[int, tuple[Bytes, int]] = {}
         self._addresses: list[int] = []
-        self._pinned: list[Bytes] = []
+        self._pinned: list[weakref.ref[Bytes]] = []
         self._streams: dict[int, deque[Work]] = {}
         self._capturing: dict[int, list[Work]] = {}
         self._graphs: dict[int, list[Work]] = {}
@@ -130,13 +132,21 @@ class HostDevice:
         """Host memory whose copies read it late."""
         memory = np.empty(size, np.uint8)
         with self._lock:
-            self._pinned.append(memory)
+            self._pinned = [ref for ref in self._pinned if ref() is not None]
+            self._pinned.append(weakref.ref(memory))
         return memory
+
+    def _is_pinned(self, array: Bytes) -> bool:
+        with self._lock:
+            return any(
+                np.shares_memory(array, held) for ref in self._pinned if (held := ref()) is not None
+            )
 
     def upload(self, target: int, source: NDArray[Any], stream: int) -> None:
         """Copy what the array holds now; of a pinned one, what it holds when the stream gets there."""
         flat = source.reshape(-1).view(np.uint8)
-        if not any(np.shares_memory(flat, pinned) for pinned in self._pinned):
+        if not self._is_pinned(flat):
+            self.synchronize(stream)
             flat = flat.copy()
         if flat.size:
             to = (target, flat.size)

@@ -30,6 +30,8 @@ Runtime and any device takes."""
 
 _UNKNOWN_TO_NUMPY = {"bfloat16": 16, "float8_e4m3fn": 17}  # as onnx.TensorProto numbers them
 
+_NO_GRAPH = -1  # kCudaGraphAnnotationSkip in onnxruntime/core/providers/cuda/cuda_graph.h
+
 Address = int
 
 
@@ -49,7 +51,6 @@ def check_cuda() -> None:
 class HostEngine:
     """A network on host memory: each of its runs is work for a stream of :class:`HostDevice`."""
 
-    keeps_graphs = False
     scratch = 4096  # which a run spoils, so that sharing it is put to the test
 
     def __init__(
@@ -69,7 +70,6 @@ class HostEngine:
 class CudaEngine:
     """A network on a GPU, where every context is a session of its own on the runner's stream."""
 
-    keeps_graphs = True
     scratch = 0  # ONNX Runtime has an arena of its own
 
     def __init__(self, record: Record, model: bytes, folder: Path, index: int, graphs: bool) -> None:
@@ -206,12 +206,24 @@ class _CudaContext:
             return False
         key = tuple(self._bound.addresses.values())
         if key not in self._kept:
-            options = ort.RunOptions()
-            options.add_run_config_entry("gpu_graph_id", str(len(self._kept) + 1))
-            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-            self._kept[key] = (self._bound.binding(), options)
+            self._kept[key] = (self._bound.binding(), _run_options(len(self._kept) + 1))
         _run(self._bound, *self._kept[key])
         return True
+
+    def execute_once(self, stream_handle: int) -> bool:
+        """Run with addresses that do not come again."""
+        if not self._bound.complete():
+            return False
+        _run(self._bound, self._bound.binding(), _run_options(_NO_GRAPH))
+        return True
+
+
+def _run_options(graph: int) -> ort.RunOptions:
+    """Of a run that becomes, or replays, the graph of a number, and that nobody waits for."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
 
 
 def _run(bound: _Bound, binding: ort.IOBinding, options: ort.RunOptions) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +58,10 @@ class Device(Protocol):
         """(size,) host memory that copies to the device read while they run."""
 
     def upload(self, target: int, source: NDArray[Any], stream: int) -> None:
-        """Copy a contiguous host array to the device; unless it is pinned, it may change at once."""
+        """Copy a contiguous host array to the device.
+
+        One that is not pinned may change at once, but the host may wait for what is on the stream.
+        """
 
     def download(self, target: NDArray[Any], source: int, stream: int) -> None:
         """Copy from the device into a contiguous host array; there after :meth:`synchronize`."""
@@ -111,11 +114,16 @@ class Context(Protocol):
         """Enqueue one run."""
 
 
+@runtime_checkable
+class KeepingContext(Context, Protocol):
+    """A context that keeps a graph of each set of addresses by itself."""
+
+    def execute_once(self, stream_handle: int) -> bool:
+        """Enqueue one run with addresses that do not come again: keep nothing of it."""
+
+
 class Engine(Protocol):
     """A loaded engine; makes contexts for any number of sessions."""
-
-    keeps_graphs: bool
-    """Whether its contexts keep a graph of each binding, so that the runner need not capture."""
 
     scratch: int
     """Bytes of scratch memory that a run needs."""

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from l2c_export.errors import L2CError, UnsupportedError
+from l2c_export.errors import L2CError
 from l2c_export.runtime.backends import Array
 from l2c_export.runtime.device.arrays import Borrowed, DeviceArray, on_device
 from l2c_export.runtime.device.bfloat16 import from_stored, host_type, stored_type, to_stored
-from l2c_export.runtime.device.calls import Calls, Shared
-from l2c_export.runtime.device.memory import Arena, padded
+from l2c_export.runtime.device.calls import Shared
+from l2c_export.runtime.device.graphs import GraphedCalls
+from l2c_export.runtime.device.memory import Arena
 from l2c_export.runtime.inputs import (
     check_floats,
     check_guidance,
     check_labels,
     check_noise,
 )
-from l2c_export.runtime.noise import NoiseSource, noise_source
+from l2c_export.runtime.noise import noise_source
 from l2c_export.runtime.sampler_state import Floats
 from l2c_export.runtime.session import CallResult, uncached_program
 
-_log = logging.getLogger(__name__)
 
-POISON = 0xFF
-"""Every byte of what a graph must overwrite; four make a NaN."""
-
-_SAME = 1e-2
-"""Largest difference of a replayed graph from the same kernels without one, of the largest value."""
-
-
-class DeviceSession(Calls):
+class DeviceSession(GraphedCalls):
     """One trajectory at a time, in device memory of its own; for one thread at a time.
 
     It does what :class:`l2c_export.runtime.Session` does. What differs: arrays that it returns are
@@ -51,18 +42,19 @@ class DeviceSession(Calls):
 
     def __init__(self, shared: Shared, batch: int) -> None:
         super().__init__(shared, batch)
-        self.graphs = shared.graphs
-        self._ready: dict[bool, list[int]] = {}
-        self._cached = True
         self._index = 0
         self._held: dict[str, int] = {}
         self._follower: int | None = None
+        self._told: set[bool] = set()
+        self._closed = False
 
     def close(self) -> None:
         """Give all device memory back; the session is of no use afterwards."""
+        if self._closed:
+            return
+        self._closed = True
         with self._device.current():
-            if self._bound:
-                self._device.synchronize(self.stream)
+            self._device.synchronize(self.stream)
             for graph in itertools.chain(*self._ready.values()):
                 self._device.destroy_graph(graph)
             self._ready.clear()
@@ -70,7 +62,7 @@ class DeviceSession(Calls):
             self._closing.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_ready"):
+        if hasattr(self, "_closed"):
             self.close()
 
     # -- the trajectory -------------------------------------------------------------------------
@@ -90,25 +82,31 @@ class DeviceSession(Calls):
 
         Arguments as in :meth:`l2c_export.runtime.Runner.sample`, for exactly ``batch`` labels. Noise
         may lie on the device; it is then not looked at for NaN, since the host would have to wait.
+        The host waits for the trajectory before the last, so that there are never more than two.
         """
+        self._check_open()
         manifest = self._manifest
         labels = check_labels(manifest, labels)
         if len(labels) != self.batch:
             raise L2CError(f"{len(labels)} labels for a session of batch {self.batch}")
         scale = check_guidance(manifest, guidance_scale)
         draw = noise_source(manifest, self.batch, call_noise, seed)
+        inputs: dict[str, Array] = {
+            "labels": self._table.labels(labels),
+            "guidance_scale": np.array([scale], np.float32),
+        }
+        if not (taken := on_device(noise, self._device)):
+            inputs["start"] = check_noise(manifest, self.batch, noise, seed)
+        if "noise" in self._sources:
+            inputs["noise"] = self._drawn(draw)
+        self._program = ()  # until all is there
         with self._device.current():
+            self._staging.send(inputs, self.stream)
             self._follower = stream
             if stream is not None:
                 self._device.follow(self.stream, stream)
-            if on_device(noise, self._device):
+            if taken:
                 self._take(noise)
-            else:
-                self._send(check_noise(manifest, self.batch, noise, seed), "start")
-            self._send(np.array([scale], np.float32), "guidance_scale")
-            if "noise" in self._sources:
-                self._send(self._drawn(draw), "noise")
-            self._table.upload(self._device, self._arena, labels, self.stream)
         self._cached = cached
         self._program = manifest.calls if cached else uncached_program(manifest)
         self._index, self._chunk, self._held = 0, None, {}
@@ -122,6 +120,7 @@ class DeviceSession(Calls):
         Raises:
             L2CError: An engine fails, or a captured graph does something else than its engines.
         """
+        self._check_started()
         with self._device.current():
             if self._index or self.graphs in ("none", "engine"):
                 for index in range(self._index, len(self._program)):
@@ -129,10 +128,11 @@ class DeviceSession(Calls):
             elif self._cached in self._ready:
                 for graph in self._ready[self._cached]:
                     self._device.launch(graph, self.stream)
-                self._finish()
             else:
                 self._prepare()
-                self._finish()
+            while self._index < len(self._program):
+                self._advance()
+            self._tell_compiled()
             if self._follower is not None:
                 self._device.follow(self._follower, self.stream)
 
@@ -142,12 +142,14 @@ class DeviceSession(Calls):
         Raises:
             L2CError: No call is left.
         """
+        self._check_started()
         index = self._index
         if index == len(self._program):
             raise L2CError("the trajectory is over; begin another with start()")
         with self._device.current():
             self._enqueue(index)
             output = self._fetched("output", self._shape, np.dtype(np.float32))
+            self._tell_compiled()
         return CallResult(index, self._program[index].timestep, output, self.x)
 
     def __iter__(self) -> Iterator[CallResult]:
@@ -158,6 +160,7 @@ class DeviceSession(Calls):
     @property
     def x(self) -> Floats:
         """(B, C, H, W) a copy of the latent so far, when the stream gets there."""
+        self._check_started()
         with self._device.current():
             return self._fetched(self._latest(), self._shape, np.dtype(np.float32))
 
@@ -169,6 +172,7 @@ class DeviceSession(Calls):
         Raises:
             L2CError: Nothing is stored under that name at this point of the trajectory.
         """
+        self._check_started()
         if name not in self._held:
             raise L2CError(f"slot {name!r} is not stored after {self._index} calls")
         with self._device.current():
@@ -184,25 +188,28 @@ class DeviceSession(Calls):
         Raises:
             L2CError: ``out`` is something else.
         """
+        self._check_started()
+        if out is not None and not on_device(out, self._device):
+            raise L2CError(f"out is not in the memory of {self._device.name}")
+        reader, owner = self._follower, None
+        if reader is None:
+            reader, owner = self.stream, self._stream
         with self._device.current():
-            reader = self.stream if self._follower is None else self._follower
-            array, borrowed = out, None
             if out is None:
-                array = DeviceArray(self._device, self._shape, np.float32, reader)
-            if isinstance(array, DeviceArray):
-                address = array.checked(self._shape, np.float32, "out")
-            elif on_device(array, self._device):
-                borrowed = Borrowed(array, self.stream, self._shape, np.float32, "out")
-                address = borrowed.address
+                out = DeviceArray(self._device, self._shape, np.float32, reader, owner)
+            if isinstance(out, DeviceArray):
+                address = out.checked(self._shape, np.float32, "out")
+                if out.stream != self.stream:  # where it may be in use
+                    self._device.follow(self.stream, out.stream)
+                self._give(address, reader)
+                out.filled_on(reader, owner)
             else:
-                raise L2CError(f"out is not in the memory of {self._device.name}")
-            latest = self._arena[self._latest()]
-            self._device.copy(address, latest, self._latent_bytes, self.stream)
-            if reader != self.stream:
-                self._device.follow(reader, self.stream)
-            if borrowed is not None:
+                borrowed = Borrowed(out, self.stream, self._shape, np.float32, "out")
+                self._give(borrowed.address, reader)
+                if self._follower is None:
+                    self._device.synchronize(self.stream)
                 borrowed.close()
-        return array
+        return out
 
     def run_call(
         self, index: int, x: Any, reads: Mapping[str, Any] | None = None
@@ -212,6 +219,7 @@ class DeviceSession(Calls):
         As :meth:`l2c_export.runtime.Session.run_call`; slots in bfloat16 go in and out in float32, and
         what goes in is rounded.
         """
+        self._check_started()
         if not 0 <= index < len(self._program):
             raise L2CError(f"there is no call {index}; the started program has {len(self._program)}")
         call, given = self._program[index], dict(reads or {})
@@ -232,11 +240,13 @@ class DeviceSession(Calls):
                     self._device.upload(probe[name], np.ascontiguousarray(array), self.stream)
                 self._condition(index)
                 fixed = self._call_inputs(index)
+                self._once = True
                 self._engine(call.graph, fixed | {name: probe[name] for name in sizes})
                 for name, array in results.items():
                     self._device.download(array, probe[name], self.stream)
                 self._device.synchronize(self.stream)
             finally:
+                self._once = False
                 probe.close()
         return results.pop("output"), {s: from_stored(bits, dtype) for s, bits in results.items()}
 
@@ -248,89 +258,34 @@ class DeviceSession(Calls):
             if index % self._table.calls:
                 self._condition(index)
             self._device.launch(self._ready[self._cached][index], self.stream)
-            self._chunk = self._table.chunk_of(index)
         else:
             if index == 0:
                 self._begin()
             self._condition(index)
             self._call(index)
-        self._index += 1
-        written = self._program[index].writes
+        self._advance()
+
+    def _advance(self) -> None:
+        """The next call is over, as far as the host is concerned."""
+        written = self._program[self._index].writes
         self._held = {s: b for s, b in self._held.items() if b not in written.values()} | written
+        self._chunk = self._table.chunk_of(self._index)
+        self._index += 1
 
-    # -- graphs ---------------------------------------------------------------------------------
+    def _tell_compiled(self) -> None:
+        """After the first whole trajectory of a program all its kernels are there."""
+        if self._index == len(self._program) and self._cached not in self._told:
+            self._told.add(self._cached)
+            self._shared.compiled()
 
-    def _prepare(self) -> None:
-        """Warm every context up with the inputs at hand, then capture, then see what was captured."""
-        self._everything()
-        expected = self._fetched(self._latest_of(len(self._program)), self._shape, np.dtype(np.float32))
-        self._shared.compiled()
-        try:
-            graphs = self._all_captured()
-        except UnsupportedError as error:
-            _log.warning("calls are enqueued one by one, since no graph can be captured: %s", error)
-            self.graphs = "none"
-            return
-        self._ready[self._cached] = graphs
-        for name in ("x.0", "x.1", "output"):
-            self._device.fill(self._arena[name], POISON, self._latent_bytes, self.stream)
-        for graph in graphs:
-            self._device.launch(graph, self.stream)
-        latest = self._latest_of(len(self._program))
-        found = self._fetched(latest, self._shape, np.dtype(np.float32))
-        if not _alike(found, expected):
-            raise L2CError(
-                "a captured graph does not compute what its engines compute: it is empty or stale; "
-                "run with graphs='none', and report the driver and backend versions"
-            )
+    def _check_open(self) -> None:
+        if self._closed:
+            raise L2CError("the session is closed; make another")
 
-    def _parts(self) -> list[Callable[[], None]]:
-        """What each graph holds."""
-        if self.graphs == "trajectory":
-            return [self._everything]
-        return [self._single(index) for index in range(len(self._program))]
-
-    def _everything(self) -> None:
-        for index in range(len(self._program)):
-            self._single(index)()
-
-    def _single(self, index: int) -> Callable[[], None]:
-        def enqueue() -> None:
-            if index == 0:
-                self._begin()
-            if index % self._table.calls == 0:
-                self._chunk = None  # a graph fills the table itself, whatever is in it now
-                self._condition(index)
-            self._call(index)
-
-        return enqueue
-
-    def _all_captured(self) -> list[int]:
-        """A graph of each part; none is left where one of them fails."""
-        with contextlib.ExitStack() as undo:
-            graphs = []
-            for part in self._parts():
-                graphs.append(self._captured(part))
-                undo.callback(self._device.destroy_graph, graphs[-1])
-            undo.pop_all()
-        return graphs
-
-    def _captured(self, part: Callable[[], None]) -> int:
-        graph, nodes = self._device.capture(self.stream, part)
-        if not nodes:
-            self._device.destroy_graph(graph)
-            raise L2CError(
-                "a captured graph is empty: the engines run on another device or stream than the runner"
-            )
-        return graph
-
-    def _finish(self) -> None:
-        """The trajectory is over, as far as the host is concerned."""
-        held: dict[str, int] = {}
-        for call in self._program:
-            held = {s: b for s, b in held.items() if b not in call.writes.values()} | call.writes
-        self._index, self._held = len(self._program), held
-        self._chunk = self._table.chunk_of(self._index - 1)
+    def _check_started(self) -> None:
+        self._check_open()
+        if not self._program:
+            raise L2CError("no trajectory was started; begin one with start()")
 
     # -- copies ---------------------------------------------------------------------------------
 
@@ -344,24 +299,12 @@ class DeviceSession(Calls):
             self._device.follow(self._follower, self.stream)
         borrowed.close()
 
-    def _drawn(self, draw: NoiseSource | None) -> Floats:
-        """(calls, stride) the noise of all calls, in their order."""
-        assert draw is not None
-        wide = np.zeros((len(self._manifest.calls), padded(self._latent_bytes) // 4), np.float32)
-        one: Floats = np.empty(self._shape, np.float32)
-        for index, row in enumerate(wide):
-            draw(index, one)
-            row[: one.size] = one.ravel()
-        return wide
+    def _give(self, address: int, reader: int) -> None:
+        """Copy the latent so far to where a stream will read it."""
+        latest = self._arena[self._latest()]
+        self._device.copy(address, latest, self._latent_bytes, self.stream)
+        if reader != self.stream:
+            self._device.follow(reader, self.stream)
 
     def _latest(self) -> str:
         return self._latest_of(self._index)
-
-
-def _alike(found: Floats, expected: Floats) -> bool:
-    """Whether a graph did what its engines did, NaN for NaN."""
-    known = np.isfinite(expected)
-    if not np.array_equal(np.isfinite(found), known):
-        return False
-    scale = float(np.abs(expected[known]).max(initial=0.0))
-    return bool(np.all(np.abs(found[known] - expected[known]) <= _SAME * scale))

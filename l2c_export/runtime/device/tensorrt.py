@@ -132,8 +132,6 @@ class TensorRT:
 class TensorRTEngine:
     """An engine; its contexts are TensorRT's own."""
 
-    keeps_graphs = False
-
     def __init__(self, owner: TensorRT, record: Record, engine: Any) -> None:
         self._owner, self._record, self._engine = owner, record, engine
         self.scratch = int(engine.device_memory_size_v2)
