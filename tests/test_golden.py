@@ -1,4 +1,8 @@
-"""The whole path, from checkpoint and router files to latents, against the official code's results."""
+"""The whole path, from checkpoint and router files to latents, against the official code's results.
+
+To export 28 blocks takes half a minute, so this is slow. What runs each time says the same in two
+parts: the eager reference is the official code (test_reference.py), bundles are the eager reference.
+"""
 
 import json
 from pathlib import Path
@@ -11,6 +15,8 @@ from l2c_export.build.checkpoint import open_checkpoint
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.core.models import read_model_config
 from l2c_export.runtime import Runner
+
+pytestmark = pytest.mark.slow
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"

@@ -238,7 +238,7 @@ def test_a_stochastic_sampler_draws_the_same_noise_for_all(exported, options, tm
 
 def test_u_vit_is_tuned_with_the_sampler_of_its_routers(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = UViTConfig(2, 16, 2, 2, 4, num_classes=3)
+    config = UViTConfig(2, 16, 2, 2, 4, num_classes=5)
     Path("u.json").write_text(json.dumps(config.to_json()))
     scores = np.full((6, len(config.slots)), 0.5)
     scores[2::2] = np.linspace(0.1, 0.9, len(config.slots))
@@ -246,6 +246,7 @@ def test_u_vit_is_tuned_with_the_sampler_of_its_routers(command, tmp_path, monke
     router.routed[0] = False
     write_router(Path("r.safetensors"), router, family="uvit", slots=config.slots, training={"l1": 0.1})
     arguments = ["--model-config", "u.json", "--router", "r.safetensors", "--random-weights", 0]
+    arguments += ["--batch", "1-2"]
     code, out, err = command(
         *("tune", *arguments, "--points", 3, "--samples", 2, "--repeats", 1, "--drift-budget", 9)
     )

@@ -60,12 +60,14 @@ def runner(bundle):
     return Runner.load(bundle.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cached", "uncached"])
 def test_the_final_latent_is_that_of_the_official_code(runner, expected, kind):
     latents = runner.sample(expected["labels"], noise=expected["noise"], cached=kind == "cached")
     assert error(latents, expected[kind]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_every_call_sees_what_the_official_codes_call_sees(runner, bundle, expected):
     session = runner.session(batch=2)
     session.start(expected["labels"], noise=expected["noise"])
@@ -76,6 +78,7 @@ def test_every_call_sees_what_the_official_codes_call_sees(runner, bundle, expec
         assert error(ours, official) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_second_sample_of_a_session_owes_nothing_to_the_first(runner, expected):
     session = runner.session(batch=2)
     results = []
@@ -88,6 +91,7 @@ def test_a_second_sample_of_a_session_owes_nothing_to_the_first(runner, expected
     assert error(results[0], expected["cached"]) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_bundle_passes_verification(runner):
     assert verify(runner, Settings(batch=2)).failure is None
 
