@@ -7,7 +7,6 @@ and outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,18 +92,10 @@ def cut(split_model: ir.Model, step: StepGraph) -> ir.Model:
 
 def interface(file: str, model: ir.Model) -> Graph:
     """A graph's inputs and outputs for the manifest."""
-
-    def values(of: Iterable[ir.Value]) -> tuple[Value, ...]:
-        return tuple(
-            Value(
-                _name(v),
-                str(v.dtype.numpy()),  # type: ignore[union-attr]
-                tuple(d if isinstance(d, int) else str(d) for d in v.shape or ()),
-            )
-            for v in of
-        )
-
-    return Graph(file, values(model.graph.inputs), values(model.graph.outputs))
+    inputs, outputs = (
+        tuple(map(Value.of, values)) for values in (model.graph.inputs, model.graph.outputs)
+    )
+    return Graph(file, inputs, outputs)
 
 
 def _conditioning_graph(full: ir.Model, frontier: list[str], sizes: list[int]) -> ir.Model:

@@ -41,6 +41,12 @@ class Value:
     dtype: str
     shape: tuple[Dimension, ...]
 
+    @classmethod
+    def of(cls, value: Any) -> Value:
+        """The same of an ``onnx_ir.Value`` that has a type."""
+        sizes = tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
+        return cls(str(value.name), str(value.dtype.numpy()), sizes)
+
 
 @dataclass(frozen=True)
 class Graph:

@@ -172,11 +172,4 @@ def _bytes(model: ir.Model) -> bytes:
 
 
 def _values(of: Iterable[ir.Value]) -> tuple[Value, ...]:
-    return tuple(
-        Value(
-            str(v.name),
-            str(v.dtype.numpy()),  # type: ignore[union-attr]
-            tuple(d if isinstance(d, int) else str(d) for d in v.shape or ()),
-        )
-        for v in of
-    )
+    return tuple(map(Value.of, of))
