@@ -17,6 +17,7 @@ from l2c_export.build.build import build_bundle
 from l2c_export.build.export import export_full
 from l2c_export.cli import main
 from l2c_export.core.bundle import Bundle
+from l2c_export.core.calibration import Calibration
 from l2c_export.core.models import DiTConfig, UViTConfig
 from l2c_export.core.plan import Plan
 
@@ -37,6 +38,12 @@ def tiny_files(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_plan(tiny_files) -> Plan:
     return tiny.plan(tiny_files)
+
+
+@pytest.fixture(scope="session")
+def tiny_calibration(tmp_path_factory) -> Calibration:
+    """Of the weights of ``tiny_bundle``."""
+    return tiny.calibration(tmp_path_factory.mktemp("tiny-calibration"))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from l2c_export.core.bundle import read_bundle
 from l2c_export.core.engines import UPDATE, read_record, unpack_plans
 from l2c_export.core.models import UViTConfig
 from l2c_export.core.plan_report import size
-from l2c_export.core.precision import scale_name
+from l2c_export.core.precision import in_branch, range_name, scale_name
 from l2c_export.engines.build import EngineBuild
 from l2c_export.engines.request import EngineRequest
 from l2c_export.errors import L2CError
@@ -41,7 +41,8 @@ def make(folder: Path, model: dict, **options) -> Path:
     config.write_text(json.dumps(model))
     chosen = {"policy": "fora:2", "steps": 6, **options}
     plan = plan_from_options(ScheduleOptions(model_config=config, **chosen))
-    bundle = build_bundle(folder / "bundle", tiny.request(plan))
+    given = tiny.calibration(folder / "other", plan.config) if plan.precision.calibrated else None
+    bundle = build_bundle(folder / "bundle", tiny.request(plan, calibration=given))
     EngineBuild(bundle, EngineRequest("ort")).run()
     return bundle.path
 
@@ -70,7 +71,7 @@ def test_uvit_in_float16_runs_on_the_device_as_on_the_host(tmp_path):
     assert session.slot(next(iter(session._held))).dtype == np.float16
 
 
-@pytest.mark.parametrize("precision", ["int8-weights", "float8-weights"])
+@pytest.mark.parametrize("precision", ["int8-weights", "float8-weights", "int8-static"])
 def test_weights_in_8_bits_are_uploaded_with_their_scales(tmp_path, precision):
     bundle = make(tmp_path / "made", tiny.CONFIG.to_json(), precision=precision)
     host, runner = Runner.load(bundle, threads=1), Runner.load(bundle, "lookalike", threads=1)
@@ -80,6 +81,8 @@ def test_weights_in_8_bits_are_uploaded_with_their_scales(tmp_path, precision):
     eights = {name for name, dtype in weights.items() if dtype in ("int8", "float8_e4m3fn")}
     assert len(eights) == 10
     assert {weights[scale_name(name)] for name in eights} == {"float16"}
+    ranges = {range_name(name) for name in eights if in_branch(name)} & set(weights)
+    assert len(ranges) == (8 if precision == "int8-static" else 0)
 
 
 def test_dit_runs_on_the_device_as_on_the_host(folder):

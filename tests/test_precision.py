@@ -28,14 +28,16 @@ EIGHTS = ["int8-weights", "float8-weights"]
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_files, tmp_path_factory):
+def bundle(tiny_files, tiny_calibration, tmp_path_factory):
     """Build the tiny model at a precision, once each."""
     built = {}
 
     def get(name):
         if name not in built:
             folder = tmp_path_factory.mktemp("precision") / name
-            built[name] = build_bundle(folder, tiny.request(tiny.plan(tiny_files, precision=name)))
+            plan = tiny.plan(tiny_files, precision=name)
+            given = tiny_calibration if plan.precision.calibrated else None
+            built[name] = build_bundle(folder, tiny.request(plan, calibration=given))
         return built[name]
 
     return get
@@ -100,7 +102,7 @@ def test_a_graph_computes_its_matrix_products_in_half_and_the_rest_in_float32(bu
     assert made.manifest.slots.dtype == name
 
 
-@pytest.mark.parametrize("name", ["float16", "int8", *EIGHTS])
+@pytest.mark.parametrize("name", ["float16", "int8", "int8-static", *EIGHTS])
 def test_the_bundle_passes_at_its_tolerance_and_not_at_float32s(bundle, name):
     report = verify(Runner.load(bundle(name).path, threads=1), Settings())
     assert report.failure is None

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from l2c_export.build.build import Request
+from l2c_export.build.build import Request, build_bundle
 from l2c_export.build.checkpoint import random_checkpoint
 from l2c_export.build.router_file import write_router
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
-from l2c_export.core.models import DiTConfig
+from l2c_export.core.calibration import Calibration
+from l2c_export.core.models import DiTConfig, ModelConfig
 from l2c_export.core.plan import Plan
 from l2c_export.core.schedule import Router
+from l2c_export.evidence.calibrate import calibrate
 
 CONFIG = DiTConfig(
     depth=2, hidden_size=32, num_heads=2, patch_size=2, input_size=8, num_classes=10, mlp_ratio=2.0
@@ -53,6 +55,15 @@ def plan(folder: Path, **options: Any) -> Plan:
 def request(plan: Plan, seed: int = SEED, **changes: Any) -> Request:
     """A build of the plan with random weights."""
     return Request(plan, random_checkpoint(plan.config, seed), **({"batch": (1, 2)} | changes))
+
+
+def calibration(folder: Path, model: ModelConfig = CONFIG) -> Calibration:
+    """What the model with the weights of :func:`request` takes, from a bundle that is made for it."""
+    folder.mkdir(exist_ok=True)
+    config = folder / "model.json"
+    config.write_text(json.dumps(model.to_json()))
+    options = ScheduleOptions(model_config=config, uncached=True, steps=3, batch=(1, 2))
+    return calibrate(build_bundle(folder / "bundle", request(plan_from_options(options))), 2, SEED)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

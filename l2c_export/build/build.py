@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from l2c_export import __version__
+from l2c_export.build.calibration import input_ranges
 from l2c_export.build.export import OPSET, export_full
 from l2c_export.build.graphs import Split, cut, interface, split
 from l2c_export.build.weights import WeightsLayout, write_weights
@@ -44,6 +45,7 @@ from l2c_export.core.bundle import (
     read_bundle,
     write_manifest,
 )
+from l2c_export.core.calibration import Calibration
 from l2c_export.core.files import key_of, remove_partial, replacing, sha256, write_json
 from l2c_export.core.models import family_defaults
 from l2c_export.core.plan import Plan, StepGraph
@@ -84,6 +86,7 @@ class Request:
             that of the model's family.
         preset: Name of the model, if it has one.
         more_graphs: Step graphs that no call of the plan uses, for other programs on this bundle.
+        calibration: Of the model, for a precision that wants one.
     """
 
     plan: Plan
@@ -92,6 +95,7 @@ class Request:
     guidance_scale: float | None = None
     preset: str | None = None
     more_graphs: tuple[StepGraph, ...] = ()
+    calibration: Calibration | None = None
 
 
 def build_bundle(output: Path, request: Request, progress: Progress = lambda *_: None) -> Bundle:
@@ -111,6 +115,10 @@ def build_bundle(output: Path, request: Request, progress: Progress = lambda *_:
         raise L2CError(f"batch {smallest}-{largest}: give 1 <= smallest <= largest <= 4096")
     if request.guidance_scale is not None and not math.isfinite(request.guidance_scale):
         raise L2CError(f"guidance scale {request.guidance_scale}: give a finite number")
+    precision = request.plan.precision
+    if (request.calibration is None) == precision.calibrated:
+        needs = "needs a" if precision.calibrated else "takes no"
+        raise L2CError(f"precision {precision.name} {needs} calibration")
     with _own(output):
         return _Build(output, request, progress).run()
 
@@ -187,7 +195,14 @@ class _Build:
     @cached_property
     def _weights_key(self) -> str:
         precision = self.plan.precision.name
-        return key_of("weights", self.plan.config.to_json(), precision, self.request.weights.source)
+        return key_of("weights", self.plan.config.to_json(), precision, self._source)
+
+    @cached_property
+    def _source(self) -> dict[str, Any]:
+        """What the weights file is made from."""
+        calibration = self.request.calibration
+        made_by = {"calibration": calibration.source} if calibration else {}
+        return self.request.weights.source | made_by
 
     @cached_property
     def _full_key(self) -> str:
@@ -214,7 +229,9 @@ class _Build:
         def report(done: int, total: int) -> None:
             self.progress("weights", done, total)
 
-        write_weights(path, self.layout, self.request.weights.iter_tensors(), report)
+        calibration = self.request.calibration
+        ranges = input_ranges(calibration) if calibration else {}
+        write_weights(path, self.layout, self.request.weights.iter_tensors(), report, ranges)
 
     def _cutter(self, step: StepGraph | None) -> Callable[[Path], None]:
         def make(path: Path) -> None:
@@ -303,7 +320,7 @@ class _Build:
             generator=f"l2c-export {__version__}",
             preset=self.request.preset,
             model=config.to_json(),
-            weights=self.request.weights.source,
+            weights=self._source,
             schedule=plan.asked.source
             | {"removed": plan.schedule.removed, "asked": plan.asked.removed},
             sampler=plan.sampler,

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2c_export.build.schedule_options import ScheduleOptions
+from l2c_export.core.calibration import Calibration, read_calibration
 from l2c_export.core.plan import Plan
+from l2c_export.core.precision import precision_of
 from l2c_export.errors import L2CError
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ def weights_from_options(
     from l2c_export.build.checkpoint import open_checkpoint, random_checkpoint
     from l2c_export.build.download import find_checkpoint
 
+    calibration_from_options(options)  # its faults rather now than after a download
     if seed is not None:
         return random_checkpoint(options.config, seed)
     if checkpoint is None:
@@ -43,11 +46,39 @@ def weights_from_options(
 def request_from_options(
     options: ScheduleOptions, plan: Plan, weights: Checkpoint, guidance_scale: float | None
 ) -> Request:
-    """What to build of a plan that was made from the same options."""
+    """What to build of a plan that was made from the same options.
+
+    Raises:
+        L2CError: The options' calibration is not of these weights.
+    """
     from l2c_export.build.build import Request
+    from l2c_export.build.calibration import check_calibration
 
     plan = replace(plan, config=weights.config)  # a diffusers folder has constants of its own
-    return Request(plan, weights, options.batch, guidance_scale, options.model)
+    calibration = calibration_from_options(options)
+    if calibration is not None:
+        check_calibration(calibration, f"calibration {options.calibration}", weights)
+    return Request(plan, weights, options.batch, guidance_scale, options.model, calibration=calibration)
+
+
+def calibration_from_options(options: ScheduleOptions) -> Calibration | None:
+    """Read the calibration that the options name.
+
+    Raises:
+        L2CError: There is none and the precision wants one, or the other way round; or the file is
+            damaged.
+    """
+    path = options.calibration
+    if not precision_of(options.precision).calibrated:
+        if path is None:
+            return None
+        raise L2CError(f"--calibration {path}: precision {options.precision} takes none")
+    if path is None:
+        raise L2CError(
+            f"precision {options.precision} needs --calibration FILE; build the model in another "
+            "precision, and make the file with: l2c-export calibrate BUNDLE -o FILE"
+        )
+    return read_calibration(path)
 
 
 def default_folder(options: ScheduleOptions, calls: int) -> Path:

@@ -10,17 +10,25 @@ no calibration, and ONNX Runtime makes one kernel of it. Layers of that precisio
 that are no part of a branch compute in float32, their weights widened when they run: the modulation,
 which meets a row and not its tokens, and the long skips, whose input is the residual stream itself,
 where one scale for all values costs most accuracy.
+
+In precision int8-static, for engines, the same layers of the branches quantise x symmetrically to int8
+by a range that was calibrated. TensorRT makes an int8 product of QuantizeLinear, DequantizeLinear and
+Gemm only where the scales of these are constants. So they are, all of them 1/128: x is divided by
+its range before, and the product multiplied by range and weight scales after, in the kernels that run
+there anyway. Ranges and scales stay data that engines of all calibrations share, and what the
+product puts out, in float16, is below the number of its inputs and cannot overflow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from l2c_export.core.precision import Precision, StoredTensor, in_branch, scale_name
+from l2c_export.core.precision import Precision, StoredTensor, in_branch, range_name, scale_name
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """The dtypes that are stored with scales, and the largest magnitude that each is used for."""
@@ -66,8 +74,12 @@ def quantize_graph(graph: ir.Graph, tensors: Mapping[str, StoredTensor], precisi
         if name not in tensors or tensors[name].dtype not in LARGEST:
             continue
         scale = graph.initializers[scale_name(name)]
-        dynamic = precision.dynamic and in_branch(name)
-        made = _dynamic(node, scale) if dynamic else _weight_only(node, scale)
+        if precision.dynamic and in_branch(name):
+            made = _dynamic(node, scale)
+        elif precision.calibrated and in_branch(name):
+            made = _calibrated(graph, node, scale, graph.initializers[range_name(name)])
+        else:
+            made = _weight_only(node, scale)
         out, last = node.outputs[0], made[-1].outputs[0]
         last.name, last.shape, last.type = out.name, out.shape, out.type
         graph.insert_before(node, made)
@@ -93,6 +105,39 @@ def _dynamic(node: ir.Node, scale: ir.Value) -> list[ir.Node]:
     if bias:
         made.append(ir.node("Add", [made[-1].outputs[0], *bias]))
     return _named(node, made)
+
+
+def _calibrated(graph: ir.Graph, node: ir.Node, scale: ir.Value, limit: ir.Value) -> list[ir.Node]:
+    """Divide x by its range, quantise and multiply in 128ths, and go back."""
+    x, weight, *bias = node.inputs
+    half, step = ir.DataType.FLOAT16, _constant(graph, "int8.step", np.float16(1 / 128))
+    zero, steps = (
+        _constant(graph, "int8.zero", np.int8(0)),
+        _constant(graph, "int8.steps", np.float16(128)),
+    )
+    range_ = ir.node("Cast", [limit], {"to": half})
+    part = ir.node("Div", [x, range_.outputs[0]])
+    narrow = ir.node("QuantizeLinear", [part.outputs[0], step, zero])
+    parts = ir.node("DequantizeLinear", [narrow.outputs[0], step, zero])
+    weights = ir.node("DequantizeLinear", [weight, step, zero])
+    product = ir.node("Gemm", [parts.outputs[0], weights.outputs[0]])
+    rows = ir.node("Mul", [scale, steps])
+    scales = ir.node("Mul", [rows.outputs[0], range_.outputs[0]])
+    wide = ir.node("Mul", [product.outputs[0], scales.outputs[0]])
+    made = [range_, part, narrow, parts, weights, product, rows, scales, wide]
+    if bias:
+        made.append(ir.node("Add", [wide.outputs[0], *bias]))
+    return _named(node, made)
+
+
+def _constant(graph: ir.Graph, name: str, number: np.generic) -> ir.Value:
+    """A scalar initializer, made once."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.array(number), name=name)
+        made = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype))
+        made.shape = ir.Shape([])
+        graph.register_initializer(made)
+    return graph.initializers[name]
 
 
 def _named(node: ir.Node, made: list[ir.Node]) -> list[ir.Node]:

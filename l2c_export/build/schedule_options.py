@@ -42,6 +42,7 @@ class ScheduleOptions:
         guidance: Whether a call evaluates a conditional and an unconditional row for each latent.
         max_graphs: At most so many step graphs.
         precision: A name of :data:`l2c_export.core.precision.PRECISIONS`.
+        calibration: File for a precision that wants one; a plan does not.
     """
 
     model: str | None = None
@@ -56,6 +57,7 @@ class ScheduleOptions:
     guidance: bool = True
     max_graphs: int | None = None
     precision: str = "float32"
+    calibration: Path | None = None
 
     @property
     def config(self) -> ModelConfig:

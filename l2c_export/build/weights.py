@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -17,7 +19,13 @@ from l2c_export.build.precision import encode
 from l2c_export.core.bundle import WEIGHTS
 from l2c_export.core.files import replacing
 from l2c_export.core.models import ModelConfig, Shape
-from l2c_export.core.precision import FLOAT32, Precision, StoredTensor, stored_tensors
+from l2c_export.core.precision import (
+    FLOAT32,
+    Precision,
+    StoredTensor,
+    range_name,
+    stored_tensors,
+)
 
 _ALIGNMENT = 4096  # the data starts on a page, so that it can be mapped
 _SAFETENSORS = {
@@ -90,6 +98,7 @@ def write_weights(
     layout: WeightsLayout,
     tensors: Iterable[tuple[str, Tensor]],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranges: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Write the weights file, one tensor in memory at a time.
 
@@ -98,21 +107,26 @@ def write_weights(
         layout: Its layout.
         tensors: Every parameter's name and contiguous float32 tensor, in model order.
         progress: Called with bytes written and bytes in all.
+        ranges: Of the inputs of the layers that quantise them, by the names of their weights.
     """
     written = 0
     total = len(layout.header) + max((end for _, end in layout.spans.values()), default=0)
     with replacing(path) as temporary, temporary.open("wb") as file:
-        for chunk in _chunks(layout, tensors):
+        for chunk in _chunks(layout, tensors, ranges):
             file.write(chunk)
             written += len(chunk)
             progress(written, total)
 
 
-def _chunks(layout: WeightsLayout, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[memoryview]:
+def _chunks(
+    layout: WeightsLayout, tensors: Iterable[tuple[str, Tensor]], ranges: Mapping[str, float]
+) -> Iterator[memoryview]:
     yield memoryview(layout.header)
     expected = iter(layout.spans.items())
     for name, tensor in tensors:
-        for stored in encode(name, tensor, layout.tensors[name].dtype, layout.precision):
+        encoded = encode(name, tensor, layout.tensors[name].dtype, layout.precision)
+        given = [torch.tensor([ranges[name]])] if range_name(name) in layout.tensors else []
+        for stored in itertools.chain(encoded, given):
             wanted, (begin, end) = next(expected)
             array: Any = stored.reshape(-1).view(torch.uint8).numpy()
             if layout.tensors[wanted].parameter != name or array.size != end - begin:

@@ -15,6 +15,7 @@ from l2c_export.errors import L2CError, UnsupportedError
 COMMANDS = {
     "plan": "l2c_export.cli.plan",
     "build": "l2c_export.cli.build",
+    "calibrate": "l2c_export.cli.calibrate",
     "engines": "l2c_export.cli.engines",
     "run": "l2c_export.cli.run",
     "verify": "l2c_export.cli.verify",

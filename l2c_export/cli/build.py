@@ -18,7 +18,7 @@ from l2c_export.build.build_options import (
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.cli.engine_options import ENGINE_BACKENDS, ENGINE_KEYS, engine_options
 from l2c_export.cli.engines import plan_engines, run_build
-from l2c_export.cli.options import FILE, schedule_options
+from l2c_export.cli.options import FILE, calibration_option, schedule_options
 from l2c_export.cli.profile_option import profile_option
 from l2c_export.cli.progress import show_progress
 from l2c_export.core.bundle import WEIGHTS, Bundle
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @schedule_options
+@calibration_option
 @click.option(
     "--checkpoint", type=FILE, help="A .pt, .safetensors or diffusers folder; default: official."
 )
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     "which its own code calls 0.4]",
 )
 @engine_options
-@profile_option("backend", "batch", "max_graphs", "precision", *ENGINE_KEYS)
+@profile_option("backend", "batch", "calibration", "max_graphs", "precision", *ENGINE_KEYS)
 @click.option("-o", "--output", type=FILE, help="The bundle's folder.  [default: MODEL-SAMPLER-STEPS]")
 @click.option(
     "--backend",

@@ -102,6 +102,13 @@ _TRAJECTORY_OPTIONS = (
 )
 
 
+calibration_option = click.option(
+    "--calibration",
+    type=FILE,
+    help="What l2c-export calibrate wrote, for --precision int8-static.",
+)
+"""Becomes one of the packed options."""
+
 _Command = Callable[..., Any]
 
 

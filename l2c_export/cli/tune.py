@@ -12,7 +12,7 @@ import click
 
 from l2c_export.build.build_options import model_label
 from l2c_export.build.schedule_options import ScheduleOptions
-from l2c_export.cli.options import FILE, trajectory_options
+from l2c_export.cli.options import FILE, calibration_option, trajectory_options
 from l2c_export.cli.profile_option import profile_option
 from l2c_export.cli.progress import show_progress
 from l2c_export.evidence.tune_choice import Budget, check_budget
@@ -51,6 +51,7 @@ def _latency(ctx: click.Context, param: click.Parameter, value: str | None) -> B
 
 @click.command()
 @trajectory_options
+@calibration_option
 @click.option(
     "--router",
     "routers",
@@ -93,7 +94,7 @@ def _latency(ctx: click.Context, param: click.Parameter, value: str | None) -> B
     help="Timed trajectories of each schedule; 0 goes by the predicted time.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@profile_option("batch", "max_graphs", "precision", "threads")
+@profile_option("batch", "calibration", "max_graphs", "precision", "threads")
 @click.option("--threads", type=click.IntRange(1), help="Without it, all cores.")
 @click.option("-o", "--output", type=FILE, help="Folder.  [default: MODEL-tune]")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")

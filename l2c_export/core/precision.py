@@ -37,6 +37,7 @@ class Precision:
         slots: Dtype of what those layers put out, and so of the cache slots.
         summary: What it is, in a line.
         dynamic: Whether branches quantise what meets those weights, at run time, and multiply in int8.
+        calibrated: Whether they do so by ranges that a calibration has found.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Precision:
     slots: str
     summary: str
     dynamic: bool = False
+    calibrated: bool = False
 
     @property
     def cast(self) -> bool:
@@ -82,6 +84,13 @@ PRECISIONS = {
             "float8_e4m3fn",
             "float16",
             "float16, the blocks' weights in float8 E4M3 with scales",
+        ),
+        Precision(
+            "int8-static",
+            "int8",
+            "float16",
+            "float16, branches multiplied in int8 with calibrated ranges, for engines",
+            calibrated=True,
         ),
     )
 }
@@ -134,12 +143,29 @@ def stored_tensors(config: Parameters, precision: Precision) -> dict[str, Stored
         else:
             stored[name] = StoredTensor(name, precision.weights, shape[::-1])
             stored[scale_name(name)] = StoredTensor(name, precision.slots, shape[:1])
+            if precision.calibrated and in_branch(name):
+                stored[range_name(name)] = StoredTensor(name, "float32", (1,))
     return stored
 
 
 def scale_name(weight: str) -> str:
     """Name of the (out,) scales of a weight in 8 bits, which is stored as (in, out)."""
     return f"{weight}_scale"
+
+
+def range_name(weight: str) -> str:
+    """Name of the range of what a linear layer of a branch takes, where that is calibrated."""
+    return f"{weight.removesuffix('.weight')}.input_range"
+
+
+def branch_weights(config: Parameters) -> tuple[str, ...]:
+    """Names of the weights of the linear layers of all branches, in model order."""
+    shapes = config.parameters()
+    return tuple(
+        name
+        for name, shape in shapes.items()
+        if len(shape) == 2 and in_block_linear(name, shapes) and in_branch(name)
+    )
 
 
 def in_block_linear(name: str, shapes: Mapping[str, Shape]) -> bool:

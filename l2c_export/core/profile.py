@@ -40,6 +40,7 @@ class Profile:
         optimization_level: Of the engine builder, 0 to 5; None for its own.
         workspace: Scratch memory that a kernel may take while engines are built; None for any.
         tf32: Whether float32 products may be rounded to TF32.
+        calibration: File for a precision that wants one, as seen from where the command is run.
     """
 
     description: str
@@ -53,6 +54,7 @@ class Profile:
     optimization_level: int | None = None
     workspace: str | None = None
     tf32: bool = False
+    calibration: str | None = None
 
 
 def parse_bytes(text: str) -> int:

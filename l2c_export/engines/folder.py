@@ -277,6 +277,5 @@ def inspect_log(path: Path) -> Inspection | None:
 def judge(inspection: Inspection, network: Network) -> Fusion:
     """How well an engine was fused, beside the network that it was built from."""
     nodes = onnx.load_from_string(network.model).graph.node
-    biases = {node.input[2] for node in nodes if node.op_type == "Gemm" and len(node.input) > 2}
-    known: set[str] = {value.name for value in network.weights}
-    return fusion(inspection, {node.name: node.op_type for node in nodes}, biases & known)
+    biases = {value.name for value in network.weights if len(value.shape) == 2 and value.shape[0] == 1}
+    return fusion(inspection, {node.name: node.op_type for node in nodes}, biases)

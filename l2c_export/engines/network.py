@@ -17,6 +17,8 @@ import onnx_ir as ir
 
 from l2c_export.core.bundle import Bundle, Manifest, Value
 from l2c_export.core.engines import update_terms
+from l2c_export.core.models import config_from_json
+from l2c_export.core.precision import in_block_linear, precision_of, stored_tensors
 
 OPSET = 20
 
@@ -48,8 +50,8 @@ class Network:
 def engine_network(bundle: Bundle, graph: str, constant: bool = False) -> Network:
     """A graph of a bundle with its large weights as inputs.
 
-    Every operand of a matrix product becomes an input, as do other parameters of more than
-    :data:`INLINED` bytes; the rest become constants of the model.
+    Every operand of a matrix product becomes an input, with its scales, ranges and bias, as do other
+    parameters of more than :data:`INLINED` bytes; the rest become constants of the model.
 
     Args:
         bundle: A bundle; its weights file is read only for the constants.
@@ -59,13 +61,14 @@ def engine_network(bundle: Bundle, graph: str, constant: bool = False) -> Networ
     """
     model = ir.load(bundle.file(graph))
     inputs, outputs = _values(model.graph.inputs), _values(model.graph.outputs)
+    shared = _block_linears(bundle.manifest)
     weights, constants = [], []
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
         value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
-        if not constant and (_multiplied(value) or tensor.nbytes > INLINED):
+        if not constant and (name in shared or _multiplied(value) or tensor.nbytes > INLINED):
             del model.graph.initializers[name]
             value.const_value = None
             model.graph.inputs.append(value)
@@ -154,10 +157,16 @@ def update_network(manifest: Manifest) -> Network:
     return Network(_bytes(model), _values(graph.inputs), (), _values(outputs))
 
 
+def _block_linears(manifest: Manifest) -> set[str]:
+    """What the weights file holds of the blocks' linear layers."""
+    config = config_from_json(manifest.model, "model")
+    shapes, stored = config.parameters(), stored_tensors(config, precision_of(manifest.precision))
+    return {name for name, held in stored.items() if in_block_linear(held.parameter, shapes)}
+
+
 def _multiplied(value: ir.Value) -> bool:
-    """Whether a matrix product reads it, as weight, bias, or the scales of a weight in 8 bits."""
-    readers = {"Gemm", "MatMul", "DequantizeLinear"}
-    return any(use.node.op_type in readers for use in value.uses())
+    """Whether a matrix product reads it, as weight or bias."""
+    return any(use.node.op_type in ("Gemm", "MatMul") for use in value.uses())
 
 
 def _integers(name: str, values: list[int]) -> ir.Value:

@@ -1,0 +1,116 @@
+"""A calibration: what the linear layers of a model's branches take, sampled, in a file of text.
+
+Static quantisation maps a layer's input to int8 by a number that is known before it runs. The number
+is chosen from whole trajectories in which nothing is cached, so that one file serves every router,
+threshold and schedule of a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from l2c_export.core.files import key_of, write_json
+from l2c_export.errors import L2CError, UnsupportedError
+
+_FORMAT, _VERSION = "l2c-calibration", 1
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a linear layer takes.
+
+    Attributes:
+        largest: The largest magnitude that was seen.
+        clip: The magnitude at which int8 saturates, at 127.
+        error: What rounding and clipping are expected to do, in the root mean square, relative to
+            that of the input.
+    """
+
+    largest: float
+    clip: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration file holds.
+
+    Attributes:
+        model: The model's configuration.
+        weights: Digest of the parameters that every precision stores in float32; see
+            :func:`l2c_export.build.calibration.weights_digest`.
+        sampler: Name of the sampler.
+        calls: Of a trajectory.
+        samples: Trajectories.
+        seed: Of their labels and noise.
+        guidance_scale: None without guidance.
+        layers: Name of each branch's weights to what meets them, in model order.
+    """
+
+    model: dict[str, Any]
+    weights: str
+    sampler: str
+    calls: int
+    samples: int
+    seed: int
+    guidance_scale: float | None
+    layers: dict[str, LayerInput]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of the content."""
+        return key_of(asdict(self))
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        facts = asdict(self)
+        names = ("sampler", "calls", "samples", "seed", "guidance_scale")
+        return {"digest": self.digest} | {name: facts[name] for name in names}
+
+
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Write the file whole."""
+    write_json(path, {"format": _FORMAT, "version": _VERSION, **asdict(calibration)})
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read a calibration file.
+
+    Raises:
+        L2CError: There is none, or it is damaged.
+        UnsupportedError: A later release wrote it.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise L2CError(f"calibration {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise L2CError(f"calibration {path} is not JSON: {error}") from None
+    if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
+        raise L2CError(f"{path} is no calibration; make one with: l2c-export calibrate BUNDLE")
+    if (version := data.pop("version", None)) != _VERSION:
+        raise UnsupportedError(
+            f"calibration {path} is of version {version}, this release reads {_VERSION}; make it again"
+        )
+    try:
+        layers = {name: LayerInput(**layer) for name, layer in data.pop("layers").items()}
+        made = Calibration(layers=layers, **data)
+        _check(made)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise L2CError(f"calibration {path} is damaged ({error}); make it again") from None
+    return made
+
+
+def _check(made: Calibration) -> None:
+    if not isinstance(made.model, dict):
+        raise TypeError("model is no object")
+    for name, layer in made.layers.items():
+        for key, value in asdict(layer).items():
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(f"{key} of {name} is {value!r}")
