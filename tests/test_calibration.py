@@ -106,7 +106,7 @@ def test_what_is_not_finite_is_named(tiny_files, tmp_path):
     tensors["blocks.0.mlp.fc1.bias"] = torch.full_like(tensors["blocks.0.mlp.fc1.bias"], 3e38)
     tensors["blocks.0.mlp.fc2.weight"] = torch.full_like(tensors["blocks.0.mlp.fc2.weight"], 1e3)
     request = replace(tiny.request(tiny.plan(tiny_files)), weights=replace(checkpoint, tensors=tensors))
-    with pytest.raises(L2CError, match=r"the input of blocks\.0\.mlp\.fc2\.weight holds NaN or Inf"):
+    with pytest.raises(L2CError, match=r"the input of blocks\.1\.attn\.qkv\.weight holds NaN or Inf"):
         calibrate(build_bundle(tmp_path / "b", request), 1, 0)
 
 
@@ -261,7 +261,7 @@ def test_a_calibration_that_does_not_fit_is_an_error_in_a_line(
     arguments = ("--precision", "int8-static", "--calibration", path, "-o", tmp_path / "b")
     error = build(tiny_files, *arguments, code=1)
     assert expected in error
-    assert len(error.strip().splitlines()[1:]) == 1, "one line after the warning of random weights"
+    assert len([line for line in error.splitlines() if "warning: random" not in line]) == 1
 
 
 def test_other_files_and_precisions_are_errors_in_a_line(tiny_files, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from l2c_export.build.build import build_bundle
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle, read_bundle
 from l2c_export.core.engines import ENGINES, RECORD, UPDATE, EngineSet, unpack_plans
-from l2c_export.core.precision import scale_name
+from l2c_export.core.precision import branch_weights, range_name, scale_name
 from l2c_export.core.uvit_config import UViTConfig
 from l2c_export.engines.build import EngineBuild
 from l2c_export.engines.compile import compile_network
@@ -33,6 +35,7 @@ from l2c_export.errors import L2CError, UnsupportedError
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13")
 
 CONFIG = replace(tiny.CONFIG, hidden_size=128, num_heads=2, input_size=16, mlp_ratio=4.0)
+UVIT = UViTConfig(4, 128, 2, 2, 16, num_classes=10)
 AMPERE_AND_LATER = ("sm80", "sm86", "sm89", "sm120", "sm121")
 
 
@@ -169,6 +172,37 @@ def test_weights_in_8_bits_are_widened_inside_the_products(tmp_path, precision, 
         assert kernel.kind == "runtime_fusion"
         product, widening = kernel.nodes[::-1] if "CastMulCastFc" in kernel.name else ("", "")
         assert product.rpartition(".")[0] == widening.rpartition(".")[0] != ""
+
+
+@pytest.mark.parametrize("targets", [AMPERE_AND_LATER, ("sm75",)], ids=["ampere", "turing"])
+@pytest.mark.parametrize("config", [CONFIG, UVIT], ids=["dit", "uvit"])
+def test_calibrated_branches_multiply_int8_by_int8(tmp_path, config, targets):
+    given = tiny.calibration(tmp_path, config)
+    tiny.write_files(tmp_path, config)
+    plan = tiny.plan(tmp_path, precision="int8-static", uncached=True, steps=2)
+    bundle = build_bundle(tmp_path / "b", tiny.request(plan, batch=(1, 1), calibration=given))
+    network = engine_network(bundle, bundle.manifest.uncached)
+    fusion = built(network if targets != ("sm75",) else narrow_products(network), tmp_path, *targets)
+    blocks = len(config.slots) // 2
+    assert fusion.fused_attentions == fusion.attentions == blocks
+    kernels = inspect_log(tmp_path / "log.xz").kernels
+    for name in branch_weights(config):
+        (product,) = [kernel for kernel in kernels if name in kernel.inputs]
+        assert product.kind == "gemm"  # and no runtime_fusion, which would widen the weights
+        assert scale_name(name) not in product.inputs
+        assert dtype_of(product.inputs[0], tmp_path) == "Int8"
+        for around in (range_name(name), scale_name(name)):
+            (kernel,) = [kernel for kernel in kernels if around in kernel.inputs]
+            assert kernel.kind == "kgen"
+    if targets == AMPERE_AND_LATER:
+        assert fusion.kernels <= 11 * blocks + 8
+
+
+def dtype_of(tensor: str, folder) -> str:
+    """Of what a kernel makes for another, by the log."""
+    text = lzma.decompress((folder / "log.xz").read_bytes()).decode()
+    (found,) = set(re.findall(rf"Name: {re.escape(tensor)}, [^}}]*?Datatype: (\w+)", text))
+    return found
 
 
 def test_a_range_of_batches_is_one_engine(tmp_path):
@@ -308,7 +342,7 @@ def _watch_compiles(folder) -> list[str]:
 
 
 def test_uvit_is_fused_too_and_emitting_its_caches_adds_no_kernel(tmp_path):
-    config = UViTConfig(4, 128, 2, 2, 16, num_classes=10)
+    config = UVIT
     (tmp_path / "model.json").write_text(json.dumps(config.to_json()))
     options = {"policy": "fora:2", "steps": 4, "precision": "float16"}
     plan = plan_from_options(ScheduleOptions(model_config=tmp_path / "model.json", **options))

@@ -62,7 +62,7 @@ def calibration(folder: Path, model: ModelConfig = CONFIG) -> Calibration:
     folder.mkdir(exist_ok=True)
     config = folder / "model.json"
     config.write_text(json.dumps(model.to_json()))
-    options = ScheduleOptions(model_config=config, uncached=True, steps=3, batch=(1, 2))
+    options = ScheduleOptions(model_config=config, uncached=True, steps=4, batch=(1, 2))
     return calibrate(build_bundle(folder / "bundle", request(plan_from_options(options))), 2, SEED)
 
 

@@ -110,12 +110,9 @@ def _dynamic(node: ir.Node, scale: ir.Value) -> list[ir.Node]:
 def _calibrated(graph: ir.Graph, node: ir.Node, scale: ir.Value, limit: ir.Value) -> list[ir.Node]:
     """Divide x by its range, quantise and multiply in 128ths, and go back."""
     x, weight, *bias = node.inputs
-    half, step = ir.DataType.FLOAT16, _constant(graph, "int8.step", np.float16(1 / 128))
-    zero, steps = (
-        _constant(graph, "int8.zero", np.int8(0)),
-        _constant(graph, "int8.steps", np.float16(128)),
-    )
-    range_ = ir.node("Cast", [limit], {"to": half})
+    step, steps = (_constant(graph, f"int8.{n}", np.float16(n)) for n in (1 / 128, 128))
+    zero = _constant(graph, "int8.zero", np.int8(0))
+    range_ = ir.node("Cast", [limit], {"to": ir.DataType.FLOAT16})
     part = ir.node("Div", [x, range_.outputs[0]])
     narrow = ir.node("QuantizeLinear", [part.outputs[0], step, zero])
     parts = ir.node("DequantizeLinear", [narrow.outputs[0], step, zero])
