@@ -175,7 +175,7 @@ def test_the_librarys_own_verdict_is_asked_first(trt, bundle):
 
 def test_an_engine_that_does_not_load_has_the_librarys_reason(trt, bundle):
     trt.loads = False
-    assert "conditioning: the engine cannot run on this GPU" in refused(bundle)
+    assert "update: the engine cannot run on this GPU" in refused(bundle)
 
 
 def test_a_missing_library_says_how_to_install_it(bundle, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import handmade
 import numpy as np
@@ -13,11 +14,12 @@ from handmade import LATENT, PROGRAM, SLOTS
 from networks import write_networks
 
 from l2c_export.core.bundle import ProgramCall, read_bundle, write_manifest
-from l2c_export.core.engines import UPDATE
+from l2c_export.core.engines import UPDATE, find_engines, unpack_plans
 from l2c_export.core.sampler_call import is_stochastic
 from l2c_export.core.samplers import SAMPLERS, sampler_table
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime import Runner
+from l2c_export.runtime.device import backend as device_backend
 from l2c_export.runtime.device import ort_engine
 from l2c_export.runtime.device import weights as device_weights
 from l2c_export.runtime.device.host import HostDevice
@@ -256,6 +258,40 @@ INLINED = {"label", "time"}  # not read by matrix products: constants of the eng
 def inside(runner: Runner, place: tuple[int, int]) -> bool:
     weights = runner.backend.weights
     return weights["in"] <= place[0] < weights["in"] + weights.size
+
+
+def test_plans_are_in_host_memory_one_at_a_time(bundles, monkeypatch):
+    """With weights inside they are as large as all the weights, each."""
+    bundle, alive, held = read_bundle(bundles["ddim"]), set(), []
+    others = tuple(call for call in bundle.manifest.calls if call.graph != bundle.manifest.uncached)
+    bundle = replace(bundle, manifest=replace(bundle.manifest, calls=others))
+
+    class Plan(bytes):
+        """Bytes that tell when they are gone."""
+
+        def __del__(self):
+            alive.remove(id(self))
+
+    def unpack(*found):
+        for record, plan in unpack_plans(*found):
+            copied = Plan(plan)
+            alive.add(id(copied))
+            yield record, copied
+
+    def load(record, plan):
+        held.append(len(alive))
+        return SimpleNamespace(graph=record.graph)
+
+    monkeypatch.setattr(device_backend, "unpack_plans", unpack)
+    (found,) = find_engines(bundle)
+    made = device_backend.DeviceBackend(bundle, HostDevice(), found, load, name="a test")
+    assert not alive
+    assert max(held) <= 2  # the one that is loaded, and the one before it
+    assert len(held) == len(set(bundle.manifest.step_graphs())) + 2
+    graph = bundle.manifest.uncached  # which no call of the program runs
+    assert made.load(graph).graph == graph
+    assert made.load(graph).graph == graph
+    assert len(held) == len(found[1].engines)
 
 
 def test_sessions_share_no_buffer(runner):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,9 @@ class DeviceBackend:
         self.compiled = compiled
         self._load = load
         self._lock = threading.RLock()
-        self._plans = {record.graph: plan for record, plan in unpack_plans(*found)}
         self._loaded: dict[str, Engine] = {}
         with device.current():
-            for graph in (CONDITIONING, UPDATE, *self.manifest.step_graphs()):
-                self.engine(graph)
+            self._load_all({CONDITIONING, UPDATE, *self.manifest.step_graphs()})
             wanted = [value for record in self.engines.engines for value in record.weights]
             self.weights = DeviceWeights(device, bundle.path / WEIGHTS, wanted)
 
@@ -68,9 +66,15 @@ class DeviceBackend:
         """
         with self._lock:
             if graph not in self._loaded:
-                record = self.engines.engine(graph)
-                self._loaded[graph] = self._load(record, self._plans.pop(graph))
+                self.engines.engine(graph)  # says that there is none
+                self._load_all({graph})
             return self._loaded[graph]
+
+    def _load_all(self, graphs: Container[str]) -> None:
+        """Load engines while plans are read: together, with weights inside, they may be enormous."""
+        for record, plan in unpack_plans(self.folder, self.engines):
+            if record.graph in graphs:
+                self._loaded[record.graph] = self._load(record, plan)
 
     def load(self, graph: str) -> Engine:
         """The engine of a graph."""
