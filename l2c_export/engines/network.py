@@ -158,9 +158,12 @@ def update_network(manifest: Manifest) -> Network:
 
 
 def _block_linears(manifest: Manifest) -> set[str]:
-    """What the weights file holds of the blocks' linear layers."""
+    """What is stored of the blocks' linear layers, where products do not read all of it."""
+    precision = precision_of(manifest.precision)
+    if not precision.scaled:
+        return set()
     config = config_from_json(manifest.model, "model")
-    shapes, stored = config.parameters(), stored_tensors(config, precision_of(manifest.precision))
+    shapes, stored = config.parameters(), stored_tensors(config, precision)
     return {name for name, held in stored.items() if in_block_linear(held.parameter, shapes)}
 
 
