@@ -71,6 +71,18 @@ def test_a_missing_package_is_one_line_with_the_way_out(world, command, monkeypa
     )
 
 
+def test_engines_need_no_pytorch_to_be_installed(world, command, tiny_bundle, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("l2c_export.engines.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for missing in ("onnx", "filelock"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    code, out, _ = command("engines", tiny_bundle.path, "--report")
+    assert (code, "has no engines" in out) == (0, True)
+    code, _, err = command("engines", tiny_bundle.path, "--dry-run")
+    assert code == 4
+    assert err.splitlines()[-1].endswith("install it with: pip install 'l2c-export[engines]'")
+
+
 MODEL = ["--model-config", "model.json"]
 PLAN = [*MODEL, "--router", "router.safetensors"]
 BUILD = [*PLAN, "--random-weights", "3"]

@@ -127,13 +127,16 @@ def test_a_bundles_engines_are_held_against_the_machine(tensorrt, gpus, tiny_bun
     assert diagnose(bundle).engines == ()
     (made,) = EngineBuild(bundle, EngineRequest("ort")).run()
     folder = bundle.path / ENGINES / made.folder
-    assert findings(bundle)[f"engines {made.folder}"][0]
+    assert findings(bundle)[f"engines {made.folder}"] == findings()["run with ort-cuda"]
+    assert not diagnose(bundle).healthy
     # the same plans under another name stand in for those of a GPU
     text = (folder / "engines.json").read_text()
+    plans = (folder / "plans.xz").read_bytes()
     shutil.rmtree(folder)
     other = folder.with_name("rtx-1.7-sm86")
     other.mkdir()
     (other / "engines.json").write_text(text)
+    (other / "plans.xz").write_bytes(plans)
     write_record(other, _as_rtx(read_record(other)))
     assert findings(bundle)["engines rtx-1.7-sm86"] == (False, "there is no GPU here")
     assert not diagnose(bundle).healthy
@@ -141,11 +144,48 @@ def test_a_bundles_engines_are_held_against_the_machine(tensorrt, gpus, tiny_bun
     assert findings(bundle)["engines rtx-1.7-sm86"] == (False, "built for sm86, this device is sm89")
     gpus[0] = Gpu("GeForce", (8, 6), 1, 1, "13.0")
     assert findings(bundle)["engines rtx-1.7-sm86"][0]
+    (other / "plans.xz").write_bytes(b"")
+    assert "plans.xz does not match its digest" in findings(bundle)["engines rtx-1.7-sm86"][1]
+    (other / "plans.xz").write_bytes(plans)
     tensorrt["rtx"] = "1.8"
     assert "built with rtx 1.7, this machine has 1.8" in findings(bundle)["engines rtx-1.7-sm86"][1]
     result = CliRunner().invoke(cli, ["doctor", str(bundle.path), "--json"])
     assert result.exit_code == 4
     assert json.loads(result.stdout)["healthy"] is False
+
+
+def test_networks_run_where_onnxruntime_has_cuda(tensorrt, gpus, tiny_bundle, tmp_path, monkeypatch):
+    shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
+    bundle = read_bundle(tmp_path / "bundle")
+    (made,) = EngineBuild(bundle, EngineRequest("ort")).run()
+    gpus.append(CARD)
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+    assert findings(bundle)[f"engines {made.folder}"][0]
+    del providers[0]
+    able, detail = findings(bundle)[f"engines {made.folder}"]
+    assert not able
+    assert "pip install onnxruntime-gpu" in detail
+
+
+def test_a_damaged_record_is_a_finding(tensorrt, tiny_bundle, tmp_path):
+    bundle = replace(tiny_bundle, path=tmp_path)
+    record = tmp_path / ENGINES / "rtx-1.7-sm86" / "engines.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{")
+    able, detail = findings(bundle)["engines rtx-1.7-sm86"]
+    assert not able
+    assert f"{record} is damaged" in detail
+    assert not diagnose(bundle).healthy
+
+
+def test_engines_are_not_built_without_the_packages_that_make_networks(tensorrt, monkeypatch):
+    known = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "onnx_ir" else known(name))
+    assert findings()["build engines for rtx"] == (
+        False,
+        "lacks onnx_ir; install with: pip install 'l2c-export[engines]'",
+    )
 
 
 def _as_rtx(made):

@@ -16,12 +16,14 @@ from l2c_export.core.engines import (
     UPDATE,
     Engine,
     EngineSet,
+    check_archive,
     find_engines,
     misfit,
     pack_plans,
     read_record,
     source_of,
     unpack_plans,
+    unread_engines,
     write_record,
 )
 from l2c_export.core.files import sha256
@@ -139,7 +141,7 @@ def test_portable_engines_run_from_ampere_on(tmp_path):
 def test_engines_of_another_bundle_are_refused(tmp_path, tiny_bundle):
     manifest = tiny_bundle.manifest
     made = write_engines(tmp_path)
-    with pytest.raises(L2CError, match="have none for step-"):
+    with pytest.raises(L2CError, match="were built for another schedule, without step-"):
         made.check_bundle(tiny_bundle)
     graphs = (*manifest.step_graphs(), CONDITIONING, UPDATE)
     engines = [replace(made.engines[0], graph=g, source=source_of(manifest, g, True)) for g in graphs]
@@ -156,3 +158,20 @@ def test_the_folders_of_a_bundles_engines_are_found(tmp_path, tiny_bundle):
     (tmp_path / ENGINES / "broken").mkdir()
     (tmp_path / ENGINES / "broken" / RECORD).write_text("{")
     assert find_engines(bundle) == [(tmp_path / ENGINES / made.folder, made)]
+    ((folder, error),) = unread_engines(bundle)
+    assert folder.name == "broken"
+    assert "is damaged" in str(error)
+
+
+def test_an_archive_is_compared_with_its_record(tmp_path):
+    made = write_engines(tmp_path)
+    check_archive(tmp_path, made)
+    path = tmp_path / "plans.xz"
+    data = path.read_bytes()
+    for damage in (data[:-1], data[:-1] + bytes([data[-1] ^ 1])):
+        path.write_bytes(damage)
+        with pytest.raises(L2CError, match=r"plans.xz does not match its digest; copy the bundle"):
+            check_archive(tmp_path, made)
+    path.unlink()
+    with pytest.raises(L2CError, match=r"cannot read .*plans.xz: No such file or directory; copy"):
+        check_archive(tmp_path, made)

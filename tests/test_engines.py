@@ -18,7 +18,16 @@ from click.testing import CliRunner
 from l2c_export.build.build import build_bundle
 from l2c_export.cli import cli
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle, read_bundle
-from l2c_export.core.engines import ENGINES, RECORD, UPDATE, find_engines, read_record, unpack_plans
+from l2c_export.core.engines import (
+    CONSTANTS,
+    ENGINES,
+    RECORD,
+    UPDATE,
+    find_engines,
+    read_record,
+    unpack_plans,
+    write_record,
+)
 from l2c_export.core.precision import precision_of
 from l2c_export.engines import build as build_module
 from l2c_export.engines.build import EngineBuild
@@ -31,6 +40,7 @@ from l2c_export.engines.price import largest_sizes
 from l2c_export.engines.request import EngineRequest, parse_targets
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime import Runner
+from l2c_export.runtime.device.backend import choose_engines
 
 FOLDER = "ort-opset20-portable"
 
@@ -133,7 +143,7 @@ def test_another_schedule_builds_only_the_engines_that_it_lacks(bundle, built, t
     made = build(bundle)
     changed = build_bundle(bundle.path, tiny.request(tiny.plan(tiny_files, threshold=0.2)))
     built.clear()
-    with pytest.raises(L2CError, match="have none for"):
+    with pytest.raises(L2CError, match="were built for another schedule, without"):
         made.check_bundle(changed)
     again = build(changed)
     again.check_bundle(changed)
@@ -309,6 +319,80 @@ def test_the_device_runner_runs_what_was_built(bundle):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+def rewritten(bundle: Bundle, made, **changes) -> str:
+    """Engines once more, in a folder that their changed record names."""
+    other = replace(made, **changes)
+    folder = bundle.path / ENGINES / other.folder
+    shutil.copytree(bundle.path / ENGINES / made.folder, folder)
+    write_record(folder, other)
+    return other.folder
+
+
+def test_engines_for_named_targets_go_before_portable_ones_and_inputs_before_constants(bundle):
+    made = build(bundle)
+    for options in (made.options, made.options | {"weights": CONSTANTS}):
+        rewritten(bundle, made, backend="rtx", version="1.7", options=options)
+        for targets in (("sm86",), ("sm89",)):
+            rewritten(bundle, made, backend="rtx", version="1.7", targets=targets, options=options)
+    order = []
+    for _ in range(4):
+        folder, _ = choose_engines(bundle, "rtx", "1.7", (8, 9))
+        order.append(folder.name)
+        shutil.rmtree(folder)
+    names = ["sm89", "sm89-constants", "portable", "portable-constants"]
+    assert order == [f"rtx-1.7-{name}" for name in names]
+
+
+def test_stale_and_damaged_engines_do_not_hide_good_ones(bundle):
+    made = build(bundle)
+    stale = replace(made.engines[0], source="of another")
+    rewritten(bundle, made, backend="rtx", version="1", engines=(stale, *made.engines[1:]))
+    rewritten(bundle, made, backend="rtx", version="1", options={"weights": CONSTANTS})
+    damaged = bundle.path / ENGINES / "rtx-1-sm89"
+    damaged.mkdir()
+    (damaged / RECORD).write_text("{")
+    assert choose_engines(bundle, "rtx", "1", (8, 9))[0].name == "rtx-1-portable-constants"
+    shutil.rmtree(bundle.path / ENGINES / "rtx-1-portable-constants")
+    with pytest.raises(UnsupportedError) as refused:
+        choose_engines(bundle, "rtx", "1", (8, 9))
+    said = str(refused.value)
+    assert "rtx-1-portable was built from another conditioning than the bundle's" in said
+    assert f"{damaged / RECORD} is damaged" in said
+    assert said.endswith(f"l2c-export engines {bundle.path} --backend rtx --target sm89")
+
+
+def test_the_user_chooses_among_engines_that_fit(bundle):
+    build(bundle)
+    build(bundle, constant=True)
+    chosen = {
+        name: Runner.load(bundle.path, "lookalike", 1, engines=name).backend.folder.name
+        for name in (None, FOLDER, f"{FOLDER}-constants")
+    }
+    assert chosen == {None: FOLDER, FOLDER: FOLDER, f"{FOLDER}-constants": f"{FOLDER}-constants"}
+    with pytest.raises(L2CError, match=f"no engines 'other'; it has: {FOLDER}, {FOLDER}-constants"):
+        Runner.load(bundle.path, "lookalike", 1, engines="other")
+    with pytest.raises(L2CError, match="backend 'ort' has no option 'engines'"):
+        Runner.load(bundle.path, engines=FOLDER)
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "bench"])
+def test_commands_take_the_engines_that_they_are_told(bundle, command, tmp_path):
+    build(bundle)
+    build(bundle, constant=True)
+    (bundle.path / ENGINES / FOLDER / "plans.xz").unlink()  # those that would be the default
+    arguments = {
+        "run": ["--labels", "1", "-o", tmp_path / "x.npy"],
+        "verify": ["--calls", "1", "--no-uncached", "--batch", "1"],
+        "bench": ["--repeats", "1"],
+    }[command]
+    options = ["--backend", "lookalike", "--threads", "1", "--json"]
+    call = [command, bundle.path, *options, *arguments]
+    refused = CliRunner().invoke(cli, [*map(str, call)])
+    assert (refused.exit_code, "plans.xz" in refused.stderr) == (1, True)
+    chosen = CliRunner().invoke(cli, [*map(str, call), "--engines", f"{FOLDER}-constants"])
+    assert chosen.exit_code == 0, chosen.stderr
+
+
 # -- prices -----------------------------------------------------------------------------------------
 
 
@@ -477,6 +561,22 @@ def test_the_command_shows_the_price_builds_and_reports(bundle):
     (report,) = json.loads(run(bundle.path, "--report", "--json"))
     assert report["folder"] == FOLDER
     assert run(bundle.path, "--report") in shown
+
+
+def test_damaged_engines_are_reported_and_inspected(bundle):
+    folder = bundle.path / ENGINES / build(bundle).folder
+    record = (folder / RECORD).read_text()
+    (folder / RECORD).write_text(record.replace('"version": 1', '"version": 99'))
+    assert "version 99, this release reads" in run(bundle.path, "--report")
+    (entry,) = json.loads(run(bundle.path, "--report", "--json"))
+    assert entry["folder"] == FOLDER
+    assert "version 99" in entry["error"]
+    shown = CliRunner().invoke(cli, ["inspect", str(bundle.path)])
+    assert (shown.exit_code, "version 99" in shown.stdout) == (0, True)
+    (folder / RECORD).write_text(record[:-9])
+    assert "is damaged" in run(bundle.path, "--report")
+    broken = CliRunner().invoke(cli, ["inspect", str(bundle.path)])
+    assert (broken.exit_code, "is damaged" in broken.stderr) == (1, True)
 
 
 def test_a_bundle_without_engines_says_so(bundle):

@@ -131,6 +131,18 @@ def test_a_backend_that_is_not_installed_says_how_to_install_it(monkeypatch):
     tensorrt_module.cache_clear()
 
 
+def test_on_a_jetson_tensorrt_comes_from_jetpack(monkeypatch, tmp_path):
+    jetson = tmp_path / "nv_tegra_release"
+    jetson.touch()
+    monkeypatch.setattr("l2c_export.core.tensorrt_module._JETSON", jetson)
+    tensorrt_module.cache_clear()
+    for name in ("tensorrt", "tensorrt_bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UnsupportedError, match="sudo apt install python3-libnvinfer"):
+        tensorrt_module("trt")
+    tensorrt_module.cache_clear()
+
+
 def test_a_package_of_type_stubs_is_no_backend(monkeypatch):
     tensorrt_module.cache_clear()
     monkeypatch.setitem(sys.modules, "tensorrt", type(sys)("tensorrt"))

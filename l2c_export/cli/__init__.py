@@ -29,6 +29,10 @@ COMMANDS = {
 """Command name to the module that defines it as ``command``; imported when it is used."""
 
 
+_EXTRAS = {f"engines {name}": "engines" for name in ("filelock", "onnx", "onnx_ir")}
+"""Command and missing module to the extra that has it without PyTorch; ``all`` has everything."""
+
+
 class _Shown(click.ClickException):
     """An error of ours as click shows it, with its own exit code."""
 
@@ -59,7 +63,8 @@ class _Commands(click.Group):
         except ModuleNotFoundError as error:
             if (error.name or "l2c_export").startswith("l2c_export"):
                 raise
-            need = f"this needs {error.name}; install it with: pip install 'l2c-export[all]'"
+            extra = _EXTRAS.get(f"{ctx.invoked_subcommand} {error.name}", "all")
+            need = f"this needs {error.name}; install it with: pip install 'l2c-export[{extra}]'"
             raise _Shown(UnsupportedError(need)) from error
         except BrokenPipeError:
             raise

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from l2c_export.cli.options import FILE, write_report
+from l2c_export.cli.options import FILE, engines_option, write_report
 from l2c_export.cli.profile_option import profile_option
 from l2c_export.cli.progress import show_progress
 from l2c_export.evidence.against import against_table, bench_against
@@ -25,6 +25,7 @@ from l2c_export.runtime.backends import BACKENDS
 @profile_option("backend", "threads")
 @click.option("--threads", type=click.IntRange(1), help="For bundle and peer; without it, all cores.")
 @click.option("--backend", type=click.Choice(list(BACKENDS)), default="ort", show_default=True)
+@engines_option
 @click.option("--peer", type=click.Choice(PEERS), help="Also run eager PyTorch with the same schedule.")
 @click.option(
     "--against", type=FILE, metavar="BUNDLE", help="Compare with another bundle of the model instead."
@@ -38,6 +39,7 @@ def command(
     repeats: int,
     threads: int | None,
     backend: str,
+    engines: str | None,
     peer: str | None,
     against: Path | None,
     memory: bool,
@@ -56,6 +58,7 @@ def command(
                 repeats=repeats,
                 threads=threads,
                 backend=backend,
+                engines=engines,
                 progress=progress,
             )
         click.echo(json.dumps(data, ensure_ascii=False) if as_json else against_table(data))
@@ -68,6 +71,7 @@ def command(
             repeats=repeats,
             threads=threads,
             backend=backend,
+            engines=engines,
             peer=peer,
             memory=memory,
             progress=progress,

@@ -14,7 +14,7 @@ from l2c_export.cli.options import FILE
 from l2c_export.cli.profile_option import profile_option
 from l2c_export.cli.progress import show_progress
 from l2c_export.core.bundle import Bundle, read_bundle
-from l2c_export.core.engines import find_engines
+from l2c_export.core.engines import find_engines, unread_engines
 from l2c_export.core.packed import find_packed
 from l2c_export.engines.packed_report import (
     packed_json,
@@ -84,11 +84,15 @@ def _show_engines(bundle: Bundle, as_json: bool) -> None:
     from l2c_export.engines.report import engines_json, engines_text
 
     found = [made for _, made in find_engines(bundle)]
-    packed = find_packed(bundle)
+    unread, packed = unread_engines(bundle), find_packed(bundle)
     if as_json:
-        click.echo(json.dumps(engines_json(bundle, found) + [packed_json(each) for each in packed]))
+        other = [{"folder": folder.name, "error": str(error)} for folder, error in unread]
+        other += [packed_json(each) for each in packed]
+        click.echo(json.dumps(engines_json(bundle, found) + other))
     else:
-        text = [engines_text(bundle, made) for made in found] + [packed_text(each) for each in packed]
+        text = [engines_text(bundle, made) for made in found]
+        text += [f"{folder.name}: {error}" for folder, error in unread]
+        text += [packed_text(each) for each in packed]
         click.echo("\n\n".join(text) or f"{bundle.path} has no engines")
 
 

@@ -156,6 +156,13 @@ def _check_usage(options: ScheduleOptions) -> None:
         raise click.BadParameter(f"{options.model!r} is not one of: {known}", param_hint="--model")
 
 
+engines_option = click.option(
+    "--engines",
+    metavar="NAME",
+    help="Which folder of the bundle's engines. Default: the best that fits.",
+)
+
+
 def write_report(path: Path, data: Any) -> None:
     """Write a JSON report whole.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from l2c_export.cli.options import FILE, parse_labels, write_report
+from l2c_export.cli.options import FILE, engines_option, parse_labels, write_report
 from l2c_export.cli.profile_option import profile_option
 from l2c_export.cli.progress import show_progress
 from l2c_export.evidence.verify import Settings, report_json, report_table, verify
@@ -36,6 +36,7 @@ from l2c_export.runtime.backends import BACKENDS
     "--uncached/--no-uncached", default=True, help="Also compare without caching. Default: yes."
 )
 @click.option("--backend", type=click.Choice(list(BACKENDS)), default="ort", show_default=True)
+@engines_option
 @profile_option("backend", "threads")
 @click.option("--threads", type=click.IntRange(1), help="For the bundle; without it, all cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one line of JSON.")
@@ -43,6 +44,7 @@ from l2c_export.runtime.backends import BACKENDS
 def command(
     bundle: Path,
     backend: str,
+    engines: str | None,
     threads: int | None,
     as_json: bool,
     report: Path | None,
@@ -54,7 +56,7 @@ def command(
     read again. Timesteps and updates are the sampler's, computed anew, and not the manifest's; the
     weights are the bundle's, or with --checkpoint those of that file.
     """
-    runner = Runner.load(bundle, backend, threads)
+    runner = Runner.load(bundle, backend, threads, engines=engines)
     with show_progress() as progress:
         result = verify(runner, Settings(**settings), progress)  # type: ignore[arg-type]
     data = report_json(result, runner)

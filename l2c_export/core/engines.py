@@ -7,7 +7,6 @@ to bind them; it is keyed by the digests of the graphs, so it cannot serve anoth
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import lzma
@@ -176,20 +175,33 @@ class EngineSet:
                 return engine
         raise L2CError(f"engines {self.folder} have none for {graph}; build them again")
 
+    def stale(self, bundle: Bundle) -> str | None:
+        """Why these engines are not of this very bundle; None where they are."""
+        manifest = bundle.manifest
+        held = {engine.graph: engine for engine in self.engines}
+        for graph in (*manifest.step_graphs(), CONDITIONING, UPDATE):
+            if graph not in held:
+                return f"built for another schedule, without {graph}"
+            if held[graph].source != source_of(manifest, graph, bool(held[graph].constants)):
+                return f"built from another {graph} than the bundle's"
+        return None
+
     def check_bundle(self, bundle: Bundle) -> None:
         """See that these engines were built from this very bundle.
 
         Raises:
             L2CError: They were not.
         """
-        manifest = bundle.manifest
-        for graph in (*manifest.step_graphs(), CONDITIONING, UPDATE):
-            engine = self.engine(graph)
-            if engine.source != source_of(manifest, graph, bool(engine.constants)):
-                raise L2CError(
-                    f"engines {self.folder} were built from another {graph} than the bundle's; build "
-                    f"them again: l2c-export engines {bundle.path} --backend {self.backend}"
-                )
+        if reason := self.stale(bundle):
+            raise L2CError(
+                f"engines {self.folder} were {reason}; build them again: "
+                f"{build_command(bundle, self.backend)}"
+            )
+
+
+def build_command(bundle: Bundle, backend: str) -> str:
+    """What builds engines for a backend; those of ONNX Runtime are for a GPU."""
+    return f"l2c-export engines {bundle.path} --backend {'ort-cuda' if backend == 'ort' else backend}"
 
 
 def folder_name(backend: str, version: str, targets: Iterable[str], constant: bool) -> str:
@@ -271,12 +283,25 @@ def _parse(data: Mapping[str, Any]) -> EngineSet:
 
 
 def find_engines(bundle: Bundle) -> list[tuple[Path, EngineSet]]:
-    """Folders of engines in a bundle and their records, by name; damaged ones are left out."""
-    found = []
+    """Folders of engines in a bundle and their records, by name; see also :func:`unread_engines`."""
+    return [(path, made) for path, made in _records(bundle) if isinstance(made, EngineSet)]
+
+
+def unread_engines(bundle: Bundle) -> list[tuple[Path, L2CError]]:
+    """Folders whose records are damaged or of another release, and what to do about each."""
+    return [(path, error) for path, error in _records(bundle) if isinstance(error, L2CError)]
+
+
+def _records(bundle: Bundle) -> Iterator[tuple[Path, EngineSet | L2CError]]:
     for path in sorted((bundle.path / ENGINES).glob(f"*/{RECORD}")):
-        with contextlib.suppress(L2CError):
-            found.append((path.parent, read_record(path.parent)))
-    return found
+        yield path.parent, _record_or_error(path.parent)
+
+
+def _record_or_error(folder: Path) -> EngineSet | L2CError:
+    try:
+        return read_record(folder)
+    except L2CError as error:
+        return error
 
 
 def misfit(
@@ -310,6 +335,22 @@ def pack_plans(path: Path, plans: Iterable[bytes]) -> File:
             for plan in plans:
                 file.write(plan)
         return File(temporary.stat().st_size, sha256(temporary))
+
+
+def check_archive(folder: Path, engines: EngineSet) -> None:
+    """Compare the archive with its digest, without unpacking it.
+
+    Raises:
+        L2CError: It is missing, or is not what was built.
+    """
+    name, entry = engines.archive
+    path, again = folder / name, "copy the bundle or build the engines again"
+    try:
+        if path.stat().st_size == entry.bytes and sha256(path) == entry.sha256:
+            return
+    except OSError as error:
+        raise L2CError(f"cannot read {path}: {error.strerror}; {again}") from None
+    raise L2CError(f"{path} does not match its digest; {again}")
 
 
 def unpack_plans(folder: Path, engines: EngineSet) -> Iterator[tuple[Engine, bytes]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from pathlib import Path
 from typing import Any
 
 from l2c_export.errors import UnsupportedError
@@ -14,8 +15,10 @@ MODULES = {
 }
 """Backend to the modules that may be it; they come with or without their meta package."""
 
-PACKAGES = {"rtx": "tensorrt-rtx-cu13", "trt": "tensorrt"}
-"""Backend to what installs it."""
+_INSTALLS = {"rtx": "pip install tensorrt-rtx-cu13", "trt": "pip install tensorrt"}
+
+_JETSON = Path("/etc/nv_tegra_release")
+"""Where it is, TensorRT comes from JetPack, and what pip would install does not run."""
 
 
 @functools.cache
@@ -37,5 +40,14 @@ def tensorrt_module(backend: str) -> Any:
         reasons.append(f"{name} is a stub")
     raise UnsupportedError(
         f"backend {backend!r} cannot import {MODULES[backend][0]} ({reasons[0]}); "
-        f"install it with: pip install {PACKAGES[backend]}"
+        f"install it with: {_install(backend)}"
     )
+
+
+def _install(backend: str) -> str:
+    if backend == "trt" and _JETSON.exists():
+        return (
+            "sudo apt install python3-libnvinfer, which is JetPack's, for the system's Python or a "
+            "virtual environment with --system-site-packages"
+        )
+    return _INSTALLS[backend]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from l2c_export.core.bundle import Bundle
 from l2c_export.core.cpu import cpu_target
-from l2c_export.core.engines import EngineSet, find_engines, misfit
+from l2c_export.core.engines import EngineSet, check_archive, find_engines, misfit, unread_engines
 from l2c_export.core.packed import PackedWeights, find_packed, packed_misfit
 from l2c_export.core.plan_report import size
 from l2c_export.engines.gpus import Gpu, find_gpus
@@ -68,7 +69,11 @@ def diagnose(bundle: Bundle | None = None) -> Diagnosis:
         gpus, no_gpu = find_gpus(), ""
     except UnsupportedError as error:
         gpus, no_gpu = (), str(error)
-    found = find_engines(bundle) if bundle else []
+    networks = _on_gpu(_onnxruntime("CUDAExecutionProvider", "run with ort-cuda", "ort-cuda"), no_gpu)
+    engines: list[Finding] = []
+    if bundle:
+        engines = [_judged(bundle, *found, gpus, networks) for found in find_engines(bundle)]
+        engines += [Finding(f"engines {p.name}", False, str(e)) for p, e in unread_engines(bundle)]
     return Diagnosis(
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         gpus,
@@ -78,11 +83,11 @@ def diagnose(bundle: Bundle | None = None) -> Diagnosis:
             _builder("trt", gpus, no_gpu),
             _packages("look inside engines", ("polygraphy", "onnx_graphsurgeon"), "debug"),
             _onnxruntime("CPUExecutionProvider", "run on the CPU", "ort"),
-            _on_gpu(_onnxruntime("CUDAExecutionProvider", "run with ort-cuda", "ort"), no_gpu),
+            networks,
             _on_gpu(_library("rtx"), no_gpu),
             _on_gpu(_library("trt"), no_gpu),
         ),
-        tuple(_judged(bundle, made, gpus) for _, made in found),
+        tuple(engines),
         tuple(_judged_packed(bundle, packed) for packed in find_packed(bundle)) if bundle else (),
     )
 
@@ -105,11 +110,14 @@ def diagnosis_text(diagnosis: Diagnosis) -> str:
 
 def _packages(what: str, names: tuple[str, ...], extra: str) -> Finding:
     versions = {name: _version(name) for name in names}
-    missing = [name for name, version in versions.items() if version is None]
-    if missing:
-        need = f"lacks {', '.join(missing)}; install with: pip install 'l2c-export[{extra}]'"
+    if need := _lacks(names, extra):
         return Finding(what, False, need)
     return Finding(what, True, ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
+def _lacks(names: tuple[str, ...], extra: str) -> str | None:
+    missing = ", ".join(name for name in names if _version(name) is None)
+    return f"lacks {missing}; install with: pip install 'l2c-export[{extra}]'" if missing else None
 
 
 def _version(name: str) -> str | None:
@@ -125,6 +133,8 @@ def _builder(backend: str, gpus: tuple[Gpu, ...], no_gpu: str) -> Finding:
         version = builder_version(backend)
     except UnsupportedError as error:
         return Finding(what, False, str(error))
+    if need := _lacks(("filelock", "onnx", "onnx_ir"), "engines"):
+        return Finding(what, False, need)
     if targets := builder_targets(backend):
         return Finding(what, True, f"{version}, on any machine, for {', '.join(targets)}")
     if not gpus:
@@ -162,18 +172,22 @@ def _on_gpu(finding: Finding, no_gpu: str) -> Finding:
     return Finding(finding.what, False, no_gpu) if finding.able and no_gpu else finding
 
 
-def _judged(bundle: Bundle | None, made: EngineSet, gpus: tuple[Gpu, ...]) -> Finding:
-    """Whether a set of engines runs here."""
-    what = f"engines {made.folder}"
+def _judged(
+    bundle: Bundle, folder: Path, made: EngineSet, gpus: tuple[Gpu, ...], networks: Finding
+) -> Finding:
+    """Whether a set of engines runs here; ``networks`` says whether those of ort-cuda would."""
+    what = f"engines {folder.name}"
     try:
-        if bundle is not None:
-            made.check_bundle(bundle)
+        made.check_bundle(bundle)
+        check_archive(folder, made)
         version = made.version if made.backend == "ort" else builder_version(made.backend)
     except L2CError as error:
         return Finding(what, False, str(error))
-    if not gpus and made.backend != "ort":
+    if made.backend == "ort" and not networks.able:
+        return replace(networks, what=what)
+    if not gpus:
         return Finding(what, False, "there is no GPU here")
-    reasons = [misfit(made, made.backend, version, gpu.capability) for gpu in gpus] or [None]
+    reasons = [misfit(made, made.backend, version, gpu.capability) for gpu in gpus]
     if made.backend == "ort" or None in reasons:
         return Finding(what, True, f"{size(made.plan_bytes)} of plans, {size(made.scratch)} of scratch")
     return Finding(what, False, str(reasons[0]))

@@ -27,6 +27,7 @@ from l2c_export.core.engines import (
     RECORD,
     Engine,
     EngineSet,
+    check_archive,
     engine_from_json,
     folder_name,
     pack_plans,
@@ -123,16 +124,13 @@ class EngineFolder:
 
     def _serves(self, old: EngineSet) -> bool:
         """Whether an earlier build's archive is what this one would make."""
-        name, entry = old.archive
         wanted = [(graph, self._key(network)) for graph, network in self.networks.items()]
-        path = self.path / name
-        return (
-            name == self.archive
-            and [(engine.graph, engine.key) for engine in old.engines] == wanted
-            and path.is_file()
-            and path.stat().st_size == entry.bytes
-            and sha256(path) == entry.sha256
-        )
+        if [(engine.graph, engine.key) for engine in old.engines] != wanted:
+            return False
+        with contextlib.suppress(L2CError):
+            check_archive(self.path, old)
+            return old.archive[0] == self.archive
+        return False
 
     def _recover(self, old: EngineSet | None) -> None:
         """Take what an earlier build, finished or not, made of these very networks."""

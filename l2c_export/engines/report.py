@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l2c_export.core.bundle import WEIGHTS, Bundle
 from l2c_export.core.engines import EngineSet
 from l2c_export.core.plan_report import size
-from l2c_export.engines.build import EngineBuild
+
+if TYPE_CHECKING:
+    from l2c_export.engines.build import EngineBuild
 
 
 def plan_json(build: EngineBuild) -> dict[str, Any]:

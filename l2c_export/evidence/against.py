@@ -34,6 +34,7 @@ def bench_against(
     repeats: int = 5,
     threads: int | None = None,
     backend: str = "ort",
+    engines: str | None = None,
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
     """Measure a bundle against another one of the same model.
@@ -45,6 +46,7 @@ def bench_against(
         repeats: Runs of each kind that are counted, after a warm-up.
         threads: None is one for each core.
         backend: Name of the backend.
+        engines: Name of a folder of engines in both bundles; None for the best that fits.
         progress: Told how far things are.
 
     Returns:
@@ -55,7 +57,9 @@ def bench_against(
         L2CError: One is broken or does not take this batch, or they are of different models.
     """
     threads = threads or usable_cores()
-    sides = [_Side(Runner.load(folder, backend, threads), batch) for folder in (path, other)]
+    sides = [
+        _Side(Runner.load(folder, backend, threads, engines=engines), batch) for folder in (path, other)
+    ]
     ours, theirs = (side.manifest for side in sides)
     for name in _SAME:
         if getattr(ours, name) != getattr(theirs, name):

@@ -42,6 +42,7 @@ def bench(
     repeats: int = 5,
     threads: int | None = None,
     backend: str = "ort",
+    engines: str | None = None,
     peer: str | None = None,
     memory: bool = True,
     progress: Progress = lambda *_: None,
@@ -54,6 +55,7 @@ def bench(
         repeats: Runs of each kind that are counted, after a warm-up.
         threads: For the backend and for the peer; None is one for each core.
         backend: Name of the backend.
+        engines: Name of a folder of the bundle's engines; None for the best that fits.
         peer: ``"torch"`` also runs eager PyTorch with the same schedule.
         memory: Also measure the memory of a process of its own.
         progress: Told how far things are.
@@ -74,11 +76,11 @@ def bench(
     load_before = load_average()
     # First, while nobody else maps the weights: shared pages would count only in part.
     held = (
-        measure_memory(path, manifest, backend, batch, threads)
+        measure_memory(path, manifest, backend, batch, threads, engines)
         if memory
         else {"skipped": "not asked for"}
     )
-    version, runs = _measure(path, backend, batch, repeats, threads, peer, progress)
+    version, runs = _measure(path, backend, engines, batch, repeats, threads, peer, progress)
     costs = program_costs(manifest)
     speed = _speed(costs, runs)
     return {
@@ -115,6 +117,7 @@ class _Runs:
 def _measure(
     path: Path,
     backend: str,
+    engines: str | None,
     batch: int,
     repeats: int,
     threads: int,
@@ -124,7 +127,7 @@ def _measure(
     """The backend's version and the times, interleaved."""
     from l2c_export.runtime import Runner
 
-    runner = Runner.load(path, backend, threads)
+    runner = Runner.load(path, backend, threads, engines=engines)
     session = runner.session(batch)
     labels = [i % runner.manifest.classes for i in range(batch)]
     runs = _Runs([], [], [], [], [])
@@ -264,7 +267,12 @@ def _all_reuse(manifest: Manifest, runs: _Runs) -> dict[str, Any] | None:
 
 
 def measure_memory(
-    path: Path, manifest: Manifest, backend: str = "ort", batch: int = 1, threads: int = 1
+    path: Path,
+    manifest: Manifest,
+    backend: str = "ort",
+    batch: int = 1,
+    threads: int = 1,
+    engines: str | None = None,
 ) -> dict[str, Any]:
     """What a process that does nothing but run the bundle holds after a whole trajectory.
 
@@ -278,7 +286,8 @@ def measure_memory(
         "floor_bytes": weights + caches,
         "bundle_bytes": sum(file.bytes for file in manifest.files.values()),
     }
-    with Child("memory", _arguments(path, batch, threads) | {"backend": backend}) as child:
+    how = {"backend": backend, "engines": engines}
+    with Child("memory", _arguments(path, batch, threads) | how) as child:
         held = sizes | child.answer()
     if held["device_bytes"] is not None:
         return held

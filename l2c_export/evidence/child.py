@@ -91,13 +91,13 @@ def _say(data: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _memory(bundle: str, backend: str, batch: int, threads: int) -> None:
+def _memory(bundle: str, backend: str, engines: str | None, batch: int, threads: int) -> None:
     """Load, run one cached trajectory, and say how long that took and what it holds."""
     from l2c_export.runtime import Runner
 
     before = proportional_set_size()
     start = time.perf_counter()
-    runner = Runner.load(bundle, backend, threads)
+    runner = Runner.load(bundle, backend, threads, engines=engines)
     loaded = time.perf_counter() - start
     labels = [i % runner.manifest.classes for i in range(batch)]
     session = runner.session(batch)

@@ -39,6 +39,7 @@ class SampleOptions:
         guidance_scale: None for the bundle's own.
         cached: Whether to run the bundle's program, or to compute everything.
         backend: What runs the graphs.
+        engines: Name of a folder of the bundle's engines; None for the best that fits.
         threads: For each call; None for the backend's choice.
     """
 
@@ -48,6 +49,7 @@ class SampleOptions:
     guidance_scale: float | None = None
     cached: bool = True
     backend: str = "ort"
+    engines: str | None = None
     threads: int | None = None
 
 
@@ -76,7 +78,7 @@ def sample_to_files(
     _check_output(output)
     given = _read_noise(options.noise) if options.noise else None
     began = time.perf_counter()
-    runner = Runner.load(bundle, options.backend, options.threads)
+    runner = Runner.load(bundle, options.backend, options.threads, engines=options.engines)
     loaded = time.perf_counter() - began
     manifest = runner.manifest
     outputs = _outputs(manifest, output)

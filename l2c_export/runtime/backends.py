@@ -81,7 +81,7 @@ def load_backend(
     if threads is not None and not (isinstance(threads, int | np.integer) and threads >= 1):
         raise L2CError(f"threads is {threads!r}; it must be a whole number, 1 or more")
     module, _, maker = BACKENDS[name].partition(":")
-    given = dict(options or {})
+    given = {key: value for key, value in (options or {}).items() if value is not None}
     try:
         make = getattr(importlib.import_module(module), maker)
         known = list(inspect.signature(make).parameters)[2:]

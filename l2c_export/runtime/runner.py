@@ -73,8 +73,9 @@ class Runner:
             backend: A name from :data:`l2c_export.runtime.backends.BACKENDS`.
             threads: For each call; None is the backend's choice.
             options: Of the backend: of those that run engines ``graphs``, what one launch runs, and
-                ``device``, the number of the GPU; of ``ort`` ``packed``, False not to use weights
-                that are packed for this CPU.
+                ``device``, the number of the GPU, and ``engines``, the name of a folder of engines
+                where several fit; of ``ort`` ``packed``, False not to use weights that are packed
+                for this CPU. None is as if it were not given.
 
         Raises:
             L2CError: There is no bundle, a file is not what was built, or the backend is not

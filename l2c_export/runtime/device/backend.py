@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle
-from l2c_export.core.engines import UPDATE, EngineSet, find_engines, misfit, unpack_plans
+from l2c_export.core.engines import (
+    CONSTANTS,
+    PORTABLE,
+    UPDATE,
+    EngineSet,
+    build_command,
+    find_engines,
+    misfit,
+    unpack_plans,
+    unread_engines,
+)
 from l2c_export.core.engines import Engine as Record
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime.device.protocols import Device, Engine
@@ -99,36 +109,65 @@ def check_graphs(graphs: str) -> str:
 
 
 def choose_engines(
-    bundle: Bundle, backend: str, version: str, capability: tuple[int, int] | None
+    bundle: Bundle,
+    backend: str,
+    version: str,
+    capability: tuple[int, int] | None,
+    name: str | None = None,
 ) -> tuple[Path, EngineSet]:
     """The folder of engines that fits this machine and this very bundle.
 
+    Where several do, engines for named targets go before portable ones, and those that take their
+    weights as inputs before those that hold them.
+
+    Args:
+        bundle: The bundle.
+        backend: What is to run them.
+        version: Its version.
+        capability: The device's compute capability; None where it is not known.
+        name: Of the folder that is to be taken; None for whichever fits.
+
     Raises:
-        UnsupportedError: There is none; says of each why not, and how to build them.
+        L2CError: There is no folder of that name.
+        UnsupportedError: There is none that fits; says of each why not, and how to build them.
     """
+    found, unread = find_engines(bundle), unread_engines(bundle)
+    if name is not None:
+        if name not in (there := [folder.name for folder, _ in (*found, *unread)]):
+            has = ", ".join(there) or "none"
+            raise L2CError(f"{bundle.path} has no engines {name!r}; it has: {has}")
+        found = [each for each in found if each[0].name == name]
+        unread = [each for each in unread if each[0].name == name]
     reasons = []
-    for folder, engines in find_engines(bundle):
-        reason = misfit(engines, backend, version, capability)
+    for folder, engines in sorted(found, key=_preference):
+        reason = misfit(engines, backend, version, capability) or engines.stale(bundle)
         if reason is None:
-            engines.check_bundle(bundle)
             return folder, engines
-        if engines.backend == backend:
+        if engines.backend == backend or name is not None:
             reasons.append(f"{folder.name} was {reason}")
+    reasons += [str(error) for _, error in unread]
     target = f" --target sm{capability[0]}{capability[1]}" if capability else ""
     raise UnsupportedError(
         f"{bundle.path} has no engines for {backend} {version} on this device"
         + (f" ({'; '.join(reasons)})" if reasons else "")
-        + f"; build them: l2c-export engines {bundle.path} --backend {backend}{target}"
+        + f"; build them: {build_command(bundle, backend)}{target}"
     )
 
 
-def lookalike(bundle: Bundle, threads: int | None, *, graphs: str = "trajectory") -> DeviceBackend:
+def _preference(found: tuple[Path, EngineSet]) -> tuple[bool, bool]:
+    _, engines = found
+    return engines.targets == (PORTABLE,), engines.options.get("weights") == CONSTANTS
+
+
+def lookalike(
+    bundle: Bundle, threads: int | None, *, graphs: str = "trajectory", engines: str | None = None
+) -> DeviceBackend:
     """The device runner over host memory: slow, strict, and needs no GPU."""
     from l2c_export.runtime.device import ort_engine
     from l2c_export.runtime.device.host import HostDevice
 
     device = HostDevice()
-    found = choose_engines(bundle, "ort", ort_engine.NETWORKS, None)
+    found = choose_engines(bundle, "ort", ort_engine.NETWORKS, None, engines)
 
     def load(record: Record, plan: bytes) -> Engine:
         return ort_engine.HostEngine(record, plan, bundle.path, device, threads)
@@ -138,7 +177,12 @@ def lookalike(bundle: Bundle, threads: int | None, *, graphs: str = "trajectory"
 
 
 def ort_cuda(
-    bundle: Bundle, threads: int | None, *, graphs: str = "call", device: int = 0
+    bundle: Bundle,
+    threads: int | None,
+    *,
+    graphs: str = "call",
+    device: int = 0,
+    engines: str | None = None,
 ) -> DeviceBackend:
     """ONNX Runtime on a GPU, which keeps a CUDA graph of every call by itself."""
     from l2c_export.runtime.device import ort_engine
@@ -150,7 +194,7 @@ def ort_cuda(
             "onnxruntime cannot be captured in a graph of a trajectory; use graphs='call'"
         )
     gpu = CudaDevice(device)
-    found = choose_engines(bundle, "ort", ort_engine.NETWORKS, None)
+    found = choose_engines(bundle, "ort", ort_engine.NETWORKS, None, engines)
 
     def load(record: Record, plan: bytes) -> Engine:
         return ort_engine.CudaEngine(record, plan, bundle.path, device, graphs == "call")
@@ -161,27 +205,39 @@ def ort_cuda(
 
 
 def rtx(
-    bundle: Bundle, threads: int | None, *, graphs: str = "trajectory", device: int = 0
+    bundle: Bundle,
+    threads: int | None,
+    *,
+    graphs: str = "trajectory",
+    device: int = 0,
+    engines: str | None = None,
 ) -> DeviceBackend:
     """TensorRT-RTX."""
-    return _tensorrt("rtx", bundle, graphs, device)
+    return _tensorrt("rtx", bundle, graphs, device, engines)
 
 
 def trt(
-    bundle: Bundle, threads: int | None, *, graphs: str = "trajectory", device: int = 0
+    bundle: Bundle,
+    threads: int | None,
+    *,
+    graphs: str = "trajectory",
+    device: int = 0,
+    engines: str | None = None,
 ) -> DeviceBackend:
     """TensorRT."""
-    return _tensorrt("trt", bundle, graphs, device)
+    return _tensorrt("trt", bundle, graphs, device, engines)
 
 
-def _tensorrt(backend: str, bundle: Bundle, graphs: str, device: int) -> DeviceBackend:
+def _tensorrt(
+    backend: str, bundle: Bundle, graphs: str, device: int, engines: str | None
+) -> DeviceBackend:
     from l2c_export.runtime.device.cuda import CudaDevice
     from l2c_export.runtime.device.tensorrt import TensorRT
 
     check_graphs(graphs)
     library = TensorRT(backend)
     gpu = CudaDevice(device)
-    found = choose_engines(bundle, backend, library.version, gpu.capability)
+    found = choose_engines(bundle, backend, library.version, gpu.capability, engines)
     capability = "sm{}{}".format(*(gpu.capability or (0, 0)))
     cache = found[0] / f"kernels-{capability}.cache"
     library.read_cache(cache)
