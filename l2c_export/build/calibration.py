@@ -16,6 +16,7 @@ from l2c_export.errors import L2CError
 
 _LARGEST = 65504.0  # of float16
 _SMALLEST = 2.0**-14  # with all its digits
+_OWN = 0.65  # part of a channel's own maximum in its range, as an exponent
 
 
 def weights_digest(config: ModelConfig, read: Callable[[str], Tensor]) -> str:
@@ -52,21 +53,35 @@ def check_calibration(calibration: Calibration, where: str, weights: Checkpoint)
     again = "calibrate a bundle of these weights with: l2c-export calibrate BUNDLE"
     if differing := [key for key in ours | theirs if ours.get(key) != theirs.get(key)]:
         raise L2CError(f"{where} is of another model ({', '.join(differing)} differ); {again}")
-    if tuple(calibration.layers) != branch_weights(config):
+    shapes = config.parameters()
+    inputs = {name: shapes[name][1] for name in branch_weights(config)}
+    if {name: len(maxima) for name, maxima in calibration.layers.items()} != inputs:
         raise L2CError(f"{where} has other layers than the model; {again}")
     if weights_digest(config, weights.tensors.__getitem__) != calibration.weights:
         raise L2CError(f"{where} is of other weights than these; {again}")
 
 
-def input_ranges(calibration: Calibration) -> dict[str, float]:
-    """Range of the input of each layer: 128 steps of its int8, of which 127 are used.
+def input_ranges(calibration: Calibration) -> dict[str, Tensor]:
+    """Ranges of the inputs of each layer, by the names of their weights: 128 steps, 127 of them used.
+
+    With one step for all channels, the small ones get few; with a step of its own for each, a weight
+    of a small channel shares its scale with those of large ones, after they were multiplied by the
+    ranges. So a channel's range is between its own maximum and the layer's (SmoothQuant, Xiao et al.
+    2023, arXiv 2211.10438, eq. 4, but for the weights' part in it).
+
+    Returns:
+        (in,) float32, above 0.
 
     Raises:
         L2CError: One is beyond float16, in which the layers' inputs are.
     """
-    ranges = {name: layer.clip * 128 / 127 for name, layer in calibration.layers.items()}
-    for name, value in ranges.items():
-        if value > _LARGEST:
-            raise L2CError(f"the input of {name} reaches {value:.3g}, beyond float16's {_LARGEST:g}")
-    # a layer that only ever saw zeros can have any range but zero
-    return {name: max(value, _SMALLEST) for name, value in ranges.items()}
+    ranges = {}
+    for name, maxima in calibration.layers.items():
+        channels = torch.tensor(maxima, dtype=torch.float64)
+        largest = channels.max()
+        if largest > _LARGEST:
+            raise L2CError(f"the input of {name} reaches {largest:.3g}, beyond float16's {_LARGEST:g}")
+        smoothed = channels**_OWN * largest ** (1 - _OWN) * 128 / 127
+        # a channel that only ever held zeros can have any range but zero
+        ranges[name] = smoothed.clamp(float(largest) / 1e3, _LARGEST).clamp(_SMALLEST).float()
+    return ranges

@@ -19,6 +19,7 @@ from l2c_export.core.precision import (
     Precision,
     in_block_linear,
     in_branch,
+    range_name,
     scale_name,
     stored_tensors,
 )
@@ -85,9 +86,11 @@ def decode(
         Parameter name -> tensor; those stored in float32 are what ``read`` gave.
     """
     stored = stored_tensors(config, precision)
-    return {
-        name: dequantize(read(name), read(scale_name(name)))
-        if stored[name].dtype in LARGEST
-        else read(name).float()
-        for name in config.parameters()
-    }
+
+    def parameter(name: str) -> Tensor:
+        if stored[name].dtype not in LARGEST:
+            return read(name).float()
+        weight = dequantize(read(name), read(scale_name(name)))
+        return weight / read(range_name(name)) if range_name(name) in stored else weight
+
+    return {name: parameter(name) for name in config.parameters()}

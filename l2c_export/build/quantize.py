@@ -12,11 +12,12 @@ which meets a row and not its tokens, and the long skips, whose input is the res
 where one scale for all values costs most accuracy.
 
 In precision int8-static, for engines, the same layers of the branches quantise x symmetrically to int8
-by a range that was calibrated. TensorRT makes an int8 product of QuantizeLinear, DequantizeLinear and
-Gemm only where the scales of these are constants. So they are, all of them 1/128: x is divided by
-its range before, and the product multiplied by range and weight scales after, in the kernels that run
-there anyway. Ranges and scales stay data that engines of all calibrations share, and what the
-product puts out, in float16, is below the number of its inputs and cannot overflow.
+by ranges that were calibrated, one for each input channel; the weights are stored multiplied by them.
+TensorRT makes an int8 product of QuantizeLinear, DequantizeLinear and Gemm only where their scales are
+constants. So they are, all of them 1/128: x is divided by its ranges before, and the product multiplied
+by the weights' scales after, in the kernels that run there anyway. Ranges and scales stay data, engines
+serve every calibration, and what the product puts out, in float16, is below the number of its inputs
+and cannot overflow.
 """
 
 from __future__ import annotations
@@ -107,21 +108,20 @@ def _dynamic(node: ir.Node, scale: ir.Value) -> list[ir.Node]:
     return _named(node, made)
 
 
-def _calibrated(graph: ir.Graph, node: ir.Node, scale: ir.Value, limit: ir.Value) -> list[ir.Node]:
-    """Divide x by its range, quantise and multiply in 128ths, and go back."""
+def _calibrated(graph: ir.Graph, node: ir.Node, scale: ir.Value, ranges: ir.Value) -> list[ir.Node]:
+    """Divide x by its ranges, quantise and multiply in 128ths, and go back."""
     x, weight, *bias = node.inputs
     step, steps = (_constant(graph, f"int8.{n}", np.float16(n)) for n in (1 / 128, 128))
     zero = _constant(graph, "int8.zero", np.int8(0))
-    range_ = ir.node("Cast", [limit], {"to": ir.DataType.FLOAT16})
-    part = ir.node("Div", [x, range_.outputs[0]])
+    limits = ir.node("Cast", [ranges], {"to": ir.DataType.FLOAT16})
+    part = ir.node("Div", [x, limits.outputs[0]])
     narrow = ir.node("QuantizeLinear", [part.outputs[0], step, zero])
     parts = ir.node("DequantizeLinear", [narrow.outputs[0], step, zero])
     weights = ir.node("DequantizeLinear", [weight, step, zero])
     product = ir.node("Gemm", [parts.outputs[0], weights.outputs[0]])
-    rows = ir.node("Mul", [scale, steps])
-    scales = ir.node("Mul", [rows.outputs[0], range_.outputs[0]])
+    scales = ir.node("Mul", [scale, steps])
     wide = ir.node("Mul", [product.outputs[0], scales.outputs[0]])
-    made = [range_, part, narrow, parts, weights, product, rows, scales, wide]
+    made = [limits, part, narrow, parts, weights, product, scales, wide]
     if bias:
         made.append(ir.node("Add", [wide.outputs[0], *bias]))
     return _named(node, made)

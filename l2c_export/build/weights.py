@@ -98,7 +98,7 @@ def write_weights(
     layout: WeightsLayout,
     tensors: Iterable[tuple[str, Tensor]],
     progress: Callable[[int, int], None] = lambda done, total: None,
-    ranges: Mapping[str, float] = MappingProxyType({}),
+    ranges: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write the weights file, one tensor in memory at a time.
 
@@ -107,7 +107,8 @@ def write_weights(
         layout: Its layout.
         tensors: Every parameter's name and contiguous float32 tensor, in model order.
         progress: Called with bytes written and bytes in all.
-        ranges: Of the inputs of the layers that quantise them, by the names of their weights.
+        ranges: (in,) float32 of the inputs of the layers that quantise them, by the names of their
+            weights, which are stored multiplied by them.
     """
     written = 0
     total = len(layout.header) + max((end for _, end in layout.spans.values()), default=0)
@@ -119,13 +120,15 @@ def write_weights(
 
 
 def _chunks(
-    layout: WeightsLayout, tensors: Iterable[tuple[str, Tensor]], ranges: Mapping[str, float]
+    layout: WeightsLayout, tensors: Iterable[tuple[str, Tensor]], ranges: Mapping[str, Tensor]
 ) -> Iterator[memoryview]:
     yield memoryview(layout.header)
     expected = iter(layout.spans.items())
     for name, tensor in tensors:
+        given = [ranges[name]] if range_name(name) in layout.tensors else []
+        for limits in given:
+            tensor = tensor * limits
         encoded = encode(name, tensor, layout.tensors[name].dtype, layout.precision)
-        given = [torch.tensor([ranges[name]])] if range_name(name) in layout.tensors else []
         for stored in itertools.chain(encoded, given):
             wanted, (begin, end) = next(expected)
             array: Any = stored.reshape(-1).view(torch.uint8).numpy()

@@ -41,11 +41,9 @@ def command(bundle: Path, output: Path, samples: int, seed: int, as_json: bool) 
 
 def _summary(output: Path, made: Calibration) -> str:
     layers = made.layers
-    worst = max(layers, key=lambda name: layers[name].error)
-    clipped = sum(layer.clip < layer.largest for layer in layers.values())
+    widest = max(layers, key=lambda name: max(layers[name]))
     return (
         f"{output}: {len(layers)} layers, {made.samples} trajectories of {made.calls} calls; "
-        f"{clipped} are clipped below their largest value; expected error {layers[worst].error:.2%} at "
-        f"most, in {worst}\n"
+        f"the largest input is {max(layers[widest]):g}, of {widest}\n"
         f"next: l2c-export build --precision int8-static --calibration {output} …"
     )

@@ -1,8 +1,8 @@
-"""A calibration: what the linear layers of a model's branches take, sampled, in a file of text.
+"""A calibration: how large the inputs of the branches' linear layers get, in a file of text.
 
-Static quantisation maps a layer's input to int8 by a number that is known before it runs. The number
-is chosen from whole trajectories in which nothing is cached, so that one file serves every router,
-threshold and schedule of a model.
+Static quantisation maps a layer's input to int8 by numbers that are known before it runs. They come of
+whole trajectories in which nothing is cached, so that one file serves every router, threshold and
+schedule of a model.
 """
 
 from __future__ import annotations
@@ -21,22 +21,6 @@ _FORMAT, _VERSION = "l2c-calibration", 1
 
 
 @dataclass(frozen=True)
-class LayerInput:
-    """What a linear layer takes.
-
-    Attributes:
-        largest: The largest magnitude that was seen.
-        clip: The magnitude at which int8 saturates, at 127.
-        error: What rounding and clipping are expected to do, in the root mean square, relative to
-            that of the input.
-    """
-
-    largest: float
-    clip: float
-    error: float
-
-
-@dataclass(frozen=True)
 class Calibration:
     """What a calibration file holds.
 
@@ -49,7 +33,8 @@ class Calibration:
         samples: Trajectories.
         seed: Of their labels and noise.
         guidance_scale: None without guidance.
-        layers: Name of each branch's weights to what meets them, in model order.
+        layers: Weight of each linear layer of a branch, in model order, to the largest magnitude that
+            was seen in each of its input channels.
     """
 
     model: dict[str, Any]
@@ -59,7 +44,7 @@ class Calibration:
     samples: int
     seed: int
     guidance_scale: float | None
-    layers: dict[str, LayerInput]
+    layers: dict[str, tuple[float, ...]]
 
     @cached_property
     def digest(self) -> str:
@@ -76,7 +61,9 @@ class Calibration:
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
     """Write the file whole."""
-    write_json(path, {"format": _FORMAT, "version": _VERSION, **asdict(calibration)})
+    layers = {name: " ".join(map(repr, maxima)) for name, maxima in calibration.layers.items()}
+    data = {"format": _FORMAT, "version": _VERSION, **asdict(calibration), "layers": layers}
+    write_json(path, data)
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -99,7 +86,7 @@ def read_calibration(path: Path) -> Calibration:
             f"calibration {path} is of version {version}, this release reads {_VERSION}; make it again"
         )
     try:
-        layers = {name: LayerInput(**layer) for name, layer in data.pop("layers").items()}
+        layers = {name: tuple(map(float, text.split())) for name, text in data.pop("layers").items()}
         made = Calibration(layers=layers, **data)
         _check(made)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -110,7 +97,6 @@ def read_calibration(path: Path) -> Calibration:
 def _check(made: Calibration) -> None:
     if not isinstance(made.model, dict):
         raise TypeError("model is no object")
-    for name, layer in made.layers.items():
-        for key, value in asdict(layer).items():
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
-                raise ValueError(f"{key} of {name} is {value!r}")
+    for name, maxima in made.layers.items():
+        if not maxima or not all(0 <= value < math.inf for value in maxima):
+            raise ValueError(f"{name} has other values than magnitudes")

@@ -144,7 +144,7 @@ def stored_tensors(config: Parameters, precision: Precision) -> dict[str, Stored
             stored[name] = StoredTensor(name, precision.weights, shape[::-1])
             stored[scale_name(name)] = StoredTensor(name, precision.slots, shape[:1])
             if precision.calibrated and in_branch(name):
-                stored[range_name(name)] = StoredTensor(name, "float32", (1,))
+                stored[range_name(name)] = StoredTensor(name, "float32", shape[1:])
     return stored
 
 
@@ -154,7 +154,7 @@ def scale_name(weight: str) -> str:
 
 
 def range_name(weight: str) -> str:
-    """Name of the range of what a linear layer of a branch takes, where that is calibrated."""
+    """Name of the (in,) ranges of what a linear layer of a branch takes, where they are calibrated."""
     return f"{weight.removesuffix('.weight')}.input_range"
 
 
