@@ -102,6 +102,13 @@ def test_schedule_and_precision_of_the_bundle_do_not_matter(tiny_bundle, tiny_fi
         assert maxima == pytest.approx(made.layers[name], rel=0.1), name
 
 
+def test_a_stochastic_sampler_without_guidance_is_sampled_too(tiny_files, tmp_path):
+    plan = tiny.plan(tiny_files, uncached=True, steps=3, sampler="ddpm", guidance=False)
+    made = calibrate(build_bundle(tmp_path / "b", tiny.request(plan)), 5, 0)
+    assert (made.sampler, made.guidance_scale) == ("ddpm", None)
+    assert all(max(maxima) > 0 for maxima in made.layers.values())
+
+
 def test_what_is_not_finite_is_named(tiny_files, tmp_path):
     checkpoint = random_checkpoint(tiny.CONFIG, tiny.SEED)
     tensors = dict(checkpoint.tensors)

@@ -45,13 +45,14 @@ def calibrate(
     labels, noise = (torch.from_numpy(drawn) for drawn in draw_inputs(manifest, None, samples, seed))
     draws = draw_call_noise(manifest, samples, seed)
     batches = [slice(begin, begin + _LATENTS) for begin in range(0, samples, _LATENTS)]
+    nothing: list[tuple[str, ...]] = [()] * len(table)  # is reused
     done, total = itertools.count(1), len(batches) * len(table)
     seen = {name: torch.zeros(()) for name in branch_weights(config)}
     with _watching(reference.model, seen, str(bundle.path)):
         for part in batches:
             call_noise = () if draws is None else torch.from_numpy(draws[:, part])
             for _ in reference.trajectory(
-                table, [()] * len(table), labels[part], noise[part], scale or 1.0, call_noise
+                table, nothing, labels[part], noise[part], 1.0 if scale is None else scale, call_noise
             ):
                 progress("calibration", next(done), total)
     parameters = dict(reference.model.named_parameters()) | dict(reference.model.named_buffers())
