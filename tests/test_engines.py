@@ -28,6 +28,7 @@ from l2c_export.core.engines import (
     unpack_plans,
     write_record,
 )
+from l2c_export.core.plan import StepGraph
 from l2c_export.core.precision import precision_of
 from l2c_export.engines import build as build_module
 from l2c_export.engines.build import EngineBuild
@@ -561,6 +562,81 @@ def test_the_command_shows_the_price_builds_and_reports(bundle):
     (report,) = json.loads(run(bundle.path, "--report", "--json"))
     assert report["folder"] == FOLDER
     assert run(bundle.path, "--report") in shown
+
+
+def test_a_dry_run_counts_the_engines_of_all_families_and_says_the_limit(
+    tiny_files, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(build_module, "builder_targets", lambda backend: ("sm75", "sm86"))
+    monkeypatch.setattr(build_module, "builder_version", lambda backend: "1.7")
+    made = build_bundle(tmp_path / "b", tiny.request(tiny.plan(tiny_files, precision="float16")))
+    options = ["--target", "sm75,sm86", "--max-vram", "1G", "--dry-run"]
+    twice = 2 * len(everything(made))
+    assert f"{twice} engines for rtx 1.7, targets sm75; sm86" in run(made.path, *options)
+    dry = json.loads(run(made.path, *options, "--json"))
+    assert (dry["engines"], dry["families"]) == (twice, [["sm75"], ["sm86"]])
+    assert dry["max_vram"] == 1 << 30
+
+
+def test_a_profile_that_is_for_another_bundle_is_warned_of(bundle, tmp_path):
+    profile = tmp_path / "p.toml"
+    base = 'description = "x"\nbackend = "ort-cuda"\n'
+    for wanted, said in (
+        ('precision = "float16"\nbatch = "1-2"', ["precision float32, the profile asks for float16"]),
+        ('precision = "float32"\nbatch = "4"', ["batch 1-2, the profile asks for 4: build the bundle"]),
+        ('precision = "float32"\nbatch = "1-2"', []),
+    ):
+        profile.write_text(base + wanted)
+        call = ["engines", str(bundle.path), "--profile", str(profile), "--dry-run"]
+        result = CliRunner().invoke(cli, call)
+        assert result.exit_code == 0
+        assert result.stderr.count("warning: ") == len(said)
+        assert all(text in result.stderr for text in said)
+
+
+BUILD_REFUSED = [
+    (
+        ["--precision", "int8", "--backend", "rtx"],
+        4,
+        "does not take: build it with --precision float16",
+    ),
+    (["--backend", "rtx", "--max-vram", "1K"], 4, "KiB weights + "),
+    (["--backend", "rtx", "--target", "sm86,sm99"], 4, "does not build for sm99"),
+    (["--target", "sm86"], 2, "--target is for engines, and --backend ort builds none"),
+    (["--profile", "l4", "--backend", "ort", "--max-vram", "1G"], 2, "--max-vram is for engines, and"),
+]
+
+
+@pytest.mark.usefixtures("rtx_targets")
+@pytest.mark.parametrize(("options", "code", "message"), BUILD_REFUSED)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_what_engines_cannot_be_is_refused_before_the_bundle_is_built(
+    tiny_files, tmp_path, options, code, message, dry
+):
+    files = ["--model-config", tiny_files / "model.json", "--router", tiny_files / "router.safetensors"]
+    call = ["build", *files, "--random-weights", 3, "-o", tmp_path / "b", *options, *dry]
+    result = CliRunner().invoke(cli, [*map(str, call)])
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.usefixtures("rtx_targets")
+def test_a_dry_build_shows_its_engines(tiny_files):
+    files = ["--model-config", tiny_files / "model.json", "--router", tiny_files / "router.safetensors"]
+    call = [*map(str, ["build", *files, "--backend", "rtx", "--precision", "float16", "--dry-run"])]
+    call += ["--target", "sm75,sm86", "--max-vram", "1G"]
+    result = CliRunner().invoke(cli, call)
+    assert result.exit_code == 0, result.stderr
+    assert "for rtx, targets sm75; sm86: " in result.stdout
+    assert "the limit is 1.00 GiB" in result.stdout
+    dry = json.loads(CliRunner().invoke(cli, [*call, "--json"]).stdout)["engines"]
+    plan = tiny.plan(tiny_files, precision="float16")
+    graphs = {*(graph.name for graph in plan.graphs), StepGraph((), ()).name}
+    assert dry["engines"] == 2 * (len(graphs) + 2)
+    assert dry["weights"] == plan.costs.weight_bytes
+    later = ["build", *map(str, files), "--profile", "l4", "--backend", "ort", "--dry-run"]
+    assert CliRunner().invoke(cli, later).exit_code == 0  # the engines are built on the target
 
 
 def test_damaged_engines_are_reported_and_inspected(bundle):

@@ -309,6 +309,14 @@ def test_the_command_prints_json(copy):
     assert inputs["guidance_scale"] == 2
 
 
+def test_a_bundle_that_takes_no_report_is_verified_all_the_same(copy):
+    (copy / "reports" / "verify.json").mkdir()
+    result = run(copy, "--calls", 1, "--labels", "1")
+    assert result.exit_code == 0, result.stderr
+    assert "warning: cannot write the report" in result.stderr
+    assert "choose another place with --report" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

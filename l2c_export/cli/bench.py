@@ -62,7 +62,7 @@ def command(
                 progress=progress,
             )
         click.echo(json.dumps(data, ensure_ascii=False) if as_json else against_table(data))
-        write_report(report or bundle / "reports" / "against.json", data)
+        write_report(report, bundle / "reports" / "against.json", data)
         return
     with show_progress() as progress:
         data = bench(
@@ -77,4 +77,4 @@ def command(
             progress=progress,
         )
     click.echo(json.dumps(data, ensure_ascii=False) if as_json else bench_table(data))
-    write_report(report or bundle / "reports" / "bench.json", data)
+    write_report(report, bundle / "reports" / "bench.json", data)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from l2c_export.build.build_options import (
     default_folder,
@@ -25,6 +27,8 @@ from l2c_export.core.bundle import WEIGHTS, Bundle
 from l2c_export.core.plan_report import plan_json, plan_table
 
 if TYPE_CHECKING:
+    from l2c_export.core.plan import Plan
+    from l2c_export.engines.forecast import Forecast
     from l2c_export.engines.request import EngineRequest
 
 
@@ -52,7 +56,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Also build the engines of one of the others, as l2c-export engines does.",
 )
-@click.option("--dry-run", is_flag=True, help="Show the plan and build nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, of engines too, and build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
 def command(
     options: ScheduleOptions,
@@ -70,18 +74,15 @@ def command(
         raise click.UsageError("--checkpoint and --random-weights: give one of them")
     if guidance_scale is not None and not options.guidance:
         raise click.UsageError("--no-guidance leaves no use for --guidance-scale")
+    if backend == "ort":
+        _refuse_engine_options()
     plan = plan_from_options(options)
+    foreseen = _forecast(engines(backend), plan, options) if backend in ENGINE_BACKENDS else None
     if dry_run:
-        batch = options.batch[1]
-        click.echo(json.dumps(plan_json(plan, batch)) if as_json else plan_table(plan, batch))
+        _show_plan(plan, options, foreseen, as_json)
         return
     start = time.monotonic()
     from l2c_export.build.build import build_bundle
-
-    if backend in ENGINE_BACKENDS:
-        from l2c_export.engines.build import target_families
-
-        target_families(engines(backend), plan.precision)  # rather now than after the build
 
     folder = output or default_folder(options, len(plan.calls))
     weights = weights_from_options(options, checkpoint, random_weights)
@@ -100,6 +101,34 @@ def command(
         facts["engines"] = [each.folder for each in made]
     if as_json:
         click.echo(json.dumps(facts))
+
+
+def _refuse_engine_options() -> None:
+    """What is typed would be ignored; what a profile says is for the engines that come later."""
+    ctx = click.get_current_context()
+    for name in (*ENGINE_KEYS, "weights"):
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = name.replace("_", "-")
+            raise click.UsageError(f"--{option} is for engines, and --backend ort builds none")
+
+
+def _forecast(request: EngineRequest, plan: Plan, options: ScheduleOptions) -> Forecast:
+    """What is refused of engines, rather now than after the build."""
+    from l2c_export.engines.forecast import forecast
+
+    return forecast(request, plan, options.batch)
+
+
+def _show_plan(plan: Plan, options: ScheduleOptions, foreseen: Forecast | None, as_json: bool) -> None:
+    if as_json:
+        engines = {"engines": asdict(foreseen)} if foreseen else {}
+        click.echo(json.dumps(plan_json(plan, options.batch[1]) | engines))
+        return
+    click.echo(plan_table(plan, options.batch[1]))
+    if foreseen:
+        from l2c_export.engines.forecast import forecast_text
+
+        click.echo(forecast_text(foreseen))
 
 
 def _facts(bundle: Bundle, seconds: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import click
 
 from l2c_export.cli.engine_options import ENGINE_BACKENDS, ENGINE_KEYS, engine_options
 from l2c_export.cli.options import FILE
-from l2c_export.cli.profile_option import profile_option
+from l2c_export.cli.profile_option import PROFILE, profile_option
 from l2c_export.cli.progress import show_progress
 from l2c_export.core.bundle import Bundle, read_bundle
 from l2c_export.core.engines import find_engines, unread_engines
@@ -25,8 +26,11 @@ from l2c_export.engines.packed_report import (
 
 if TYPE_CHECKING:
     from l2c_export.core.engines import EngineSet
+    from l2c_export.core.profile import Profile
     from l2c_export.engines.build import EngineBuild
     from l2c_export.engines.request import EngineRequest
+
+_log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -45,7 +49,9 @@ if TYPE_CHECKING:
     help="Write the networks of the engines, with inputs for Polygraphy, and build nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
+@click.pass_context
 def command(
+    ctx: click.Context,
     bundle: Path,
     backend: str,
     engines: Callable[[str], EngineRequest],
@@ -61,6 +67,7 @@ def command(
     if dry_run + report + (networks is not None) > 1:
         raise click.UsageError("give one of --dry-run, --report and --networks")
     opened = read_bundle(bundle)
+    _compare(opened, ctx.meta.get(PROFILE))
     if report:
         _show_engines(opened, as_json)
         return
@@ -78,6 +85,23 @@ def command(
         from l2c_export.engines.report import engines_json
 
         click.echo(json.dumps(engines_json(opened, made)))
+
+
+def _compare(bundle: Bundle, profile: Profile | None) -> None:
+    """Warn where a profile asks for another bundle: engines are of the bundle that there is."""
+    if profile is None:
+        return
+    low, high = bundle.manifest.batch
+    has = {
+        "precision": bundle.manifest.precision,
+        "batch": str(low) if low == high else f"{low}-{high}",
+    }
+    for what, value in has.items():
+        if (wanted := getattr(profile, what)) != value:
+            _log.warning(
+                "%s has %s %s, the profile asks for %s: build the bundle with --%s %s to follow it",
+                *(bundle.path, what, value, wanted, what, wanted),
+            )
 
 
 def _show_engines(bundle: Bundle, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -22,6 +23,8 @@ FILE = click.Path(path_type=Path)
 """A path; whether the file is there and readable is said by whoever reads it."""
 
 _LARGEST_BATCH = 4096
+
+_log = logging.getLogger(__name__)
 
 
 def parse_batch(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
@@ -163,15 +166,24 @@ engines_option = click.option(
 )
 
 
-def write_report(path: Path, data: Any) -> None:
-    """Write a JSON report whole.
+def write_report(path: Path | None, default: Path, data: Any) -> None:
+    """Write a JSON report whole; where nobody asked for it and it cannot be written, only warn.
+
+    Args:
+        path: Where the user wants it.
+        default: Where it goes otherwise, in the bundle.
+        data: The report.
 
     Raises:
-        L2CError: It cannot be written there.
+        L2CError: It cannot be written where the user wants it.
     """
     try:
-        write_json(path, data)
+        write_json(path or default, data)
     except OSError as error:
-        raise L2CError(
-            f"cannot write the report {path}: {error.strerror}; choose another place with --report"
-        ) from None
+        said = (
+            f"cannot write the report {path or default}: {error.strerror}; "
+            "choose another place with --report"
+        )
+        if path is not None:
+            raise L2CError(said) from None
+        _log.warning(said)

@@ -11,6 +11,9 @@ import click
 from l2c_export.core.profile import profile_names, read_profile
 from l2c_export.errors import L2CError, UnsupportedError
 
+PROFILE = f"{__name__}.profile"
+"""Where a command finds the whole profile, in its context's ``meta``."""
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -21,12 +24,14 @@ def profile_option(*keys: str) -> Callable[[_Command], _Command]:
         if value is None:
             return
         try:
-            profile = asdict(read_profile(value))
+            profile = read_profile(value)
         except UnsupportedError:
             raise
         except L2CError as error:
             raise click.BadParameter(str(error), ctx, param) from None
-        ctx.default_map = {key: profile[key] for key in keys if profile[key] is not None}
+        ctx.meta[PROFILE] = profile
+        values = asdict(profile)
+        ctx.default_map = {key: values[key] for key in keys if values[key] is not None}
 
     return click.option(
         "--profile",

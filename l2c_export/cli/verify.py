@@ -61,5 +61,5 @@ def command(
         result = verify(runner, Settings(**settings), progress)  # type: ignore[arg-type]
     data = report_json(result, runner)
     click.echo(json.dumps(data, ensure_ascii=False) if as_json else report_table(result))
-    write_report(report or bundle / "reports" / "verify.json", data)
+    write_report(report, bundle / "reports" / "verify.json", data)
     result.check()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import filelock
@@ -54,11 +54,7 @@ class EngineBuild:
             UnsupportedError: The backend cannot build this here, or the price is over the limit.
         """
         manifest = bundle.manifest
-        if manifest.precision == "int8" and request.backend != "ort":
-            raise UnsupportedError(
-                f"{bundle.path} is int8 in the form of ONNX Runtime on a CPU, which {request.backend} "
-                "does not take: build it with --precision float16"
-            )
+        check_precision(str(bundle.path), manifest.precision, request)
         self.bundle, self.request = bundle, request
         graphs = dict.fromkeys((CONDITIONING, *manifest.step_graphs(), manifest.uncached))
         bundle.check_files({WEIGHTS, *(manifest.graphs[graph].file for graph in graphs)})
@@ -80,7 +76,7 @@ class EngineBuild:
         Raises:
             UnsupportedError: It is more than the limit.
         """
-        limit, price = self.request.max_vram, self.price
+        price, manifest = self.price, self.bundle.manifest
         parts = {
             "weights": price.weights + price.constants,
             "caches": price.caches,
@@ -88,22 +84,7 @@ class EngineBuild:
             "scratch": scratch,
             "code": code,
         }
-        if limit is not None and sum(parts.values()) > limit:
-            each = " + ".join(f"{size(count)} {part}" for part, count in parts.items() if count)
-            raise UnsupportedError(
-                f"{self.bundle.path} needs {size(sum(parts.values()))} of device memory or more "
-                f"({each}), the limit is {size(limit)}: {self._smaller()}"
-            )
-
-    def _smaller(self) -> str:
-        """What would take less device memory."""
-        manifest = self.bundle.manifest
-        ways = ["build the engines without --weights constants"] if self.request.constant else []
-        if manifest.batch[1] > 1:
-            ways.append("build the bundle with a smaller --batch")
-        if precision := _SMALLER.get(manifest.precision):
-            ways.append(f"build the bundle with --precision {precision}")
-        return ", or ".join(ways or ["it has no smaller form; raise --max-vram"])
+        check_limit(str(self.bundle.path), parts, self.request, manifest.precision, manifest.batch)
 
     def run(self, progress: Progress = lambda *_: None) -> tuple[EngineSet, ...]:
         """Build what is missing or stale.
@@ -127,6 +108,49 @@ class EngineBuild:
         if family == (_TURING,):
             return {name: narrow_products(network) for name, network in self.networks.items()}
         return self.networks
+
+
+def check_precision(name: str, precision: str, request: EngineRequest) -> None:
+    """Refuse a bundle whose precision is for ONNX Runtime on a CPU alone.
+
+    Raises:
+        UnsupportedError: It is.
+    """
+    if precision == "int8" and request.backend != "ort":
+        raise UnsupportedError(
+            f"{name} is int8 in the form of ONNX Runtime on a CPU, which {request.backend} "
+            "does not take: build it with --precision float16"
+        )
+
+
+def check_limit(
+    name: str, parts: Mapping[str, int], request: EngineRequest, precision: str, batch: tuple[int, int]
+) -> None:
+    """Hold what a session needs against the limit.
+
+    Args:
+        name: The bundle.
+        parts: Purpose to bytes of device memory.
+        request: What engines are asked for.
+        precision: Of the bundle.
+        batch: Its smallest and largest number of latents in a call.
+
+    Raises:
+        UnsupportedError: It is more; says what would take less.
+    """
+    limit, total = request.max_vram, sum(parts.values())
+    if limit is None or total <= limit:
+        return
+    ways = ["build the engines without --weights constants"] if request.constant else []
+    if batch[1] > 1:
+        ways.append("build the bundle with a smaller --batch")
+    if smaller := _SMALLER.get(precision):
+        ways.append(f"build the bundle with --precision {smaller}")
+    each = " + ".join(f"{size(count)} {part}" for part, count in parts.items() if count)
+    raise UnsupportedError(
+        f"{name} needs {size(total)} of device memory or more ({each}), the limit is {size(limit)}: "
+        + ", or ".join(ways or ["it has no smaller form; raise --max-vram"])
+    )
 
 
 def target_families(request: EngineRequest, precision: Precision) -> tuple[tuple[str, ...], ...]:

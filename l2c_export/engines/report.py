@@ -22,16 +22,18 @@ def plan_json(build: EngineBuild) -> dict[str, Any]:
         "backend": request.backend,
         "version": build.version,
         "families": [list(targets) for targets in build.families],
-        "engines": len(build.networks) * len(build.families),
         **request.options,
         **asdict(build.price),
+        "engines": len(build.networks) * len(build.families),
         "total": build.price.total,
+        "max_vram": request.max_vram,
     }
 
 
 def plan_text(build: EngineBuild) -> str:
     """The same for a terminal."""
     price, request = build.price, build.request
+    count = price.engines * len(build.families)
     targets = "; ".join(", ".join(family) for family in build.families)
     share = price.separate / max(1, price.weights + price.constants)
     held = (
@@ -42,7 +44,7 @@ def plan_text(build: EngineBuild) -> str:
     )
     return "\n".join(
         [
-            f"{build.bundle.path}: {price.engines} engines for {request.backend} {build.version}, "
+            f"{build.bundle.path}: {count} engines for {request.backend} {build.version}, "
             f"targets {targets}",
             f"  weights     {held}",
             f"  caches      {size(price.caches)}",
