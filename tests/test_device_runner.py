@@ -651,7 +651,7 @@ def test_a_bundle_without_engines_says_how_to_build_them(tmp_path):
     folder = handmade.write_bundle(tmp_path / "bundle")
     assert refused(folder) == (
         f"{folder} has no engines for ort opset20 on this device; build them: "
-        f"l2c-export engines {folder} --backend ort"
+        f"l2c-export engines {folder} --backend ort-cuda"
     )
 
 
@@ -667,7 +667,7 @@ def test_engines_of_another_version_or_bundle_are_refused(tmp_path):
         manifest, latent=(3, 8, 8), calls=(ProgramCall(**vars_of(call)), *manifest.calls[1:])
     )
     write_manifest(folder, other)
-    assert "were built from another update than the bundle's" in refused(folder)
+    assert "was built from another update than the bundle's" in refused(folder)
 
 
 def vars_of(call: ProgramCall) -> dict:
