@@ -7,15 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from l2c_export.core.bundle import CONDITIONING, Bundle
-from l2c_export.core.engines import (
-    ENGINES,
-    UPDATE,
-    Engine,
-    EngineSet,
-    pack_plans,
-    source_of,
-    write_record,
-)
+from l2c_export.core.engine_archive import pack_plans
+from l2c_export.core.engines import ENGINES, UPDATE, Engine, EngineSet, source_of, write_record
 from l2c_export.engines.network import Network, engine_network, update_network
 
 

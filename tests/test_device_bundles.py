@@ -16,7 +16,8 @@ from l2c_export.build.build import build_bundle
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.cli import cli
 from l2c_export.core.bundle import read_bundle
-from l2c_export.core.engines import UPDATE, read_record, unpack_plans
+from l2c_export.core.engine_archive import unpack_plans
+from l2c_export.core.engines import UPDATE, read_record
 from l2c_export.core.models import UViTConfig
 from l2c_export.core.plan_report import size
 from l2c_export.core.precision import in_branch, range_name, scale_name

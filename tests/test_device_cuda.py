@@ -17,7 +17,7 @@ from test_imports import HEAVY, NOT_FOR_THE_RUNTIME, modules_after
 
 from l2c_export.core import tensorrt_module
 from l2c_export.core.bundle import Bundle, read_bundle
-from l2c_export.core.engines import unpack_plans
+from l2c_export.core.engine_archive import unpack_plans
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime import Runner
 from l2c_export.runtime.device import cuda, tensorrt

@@ -14,7 +14,8 @@ from handmade import LATENT, PROGRAM, SLOTS
 from networks import write_networks
 
 from l2c_export.core.bundle import ProgramCall, read_bundle, write_manifest
-from l2c_export.core.engines import UPDATE, find_engines, unpack_plans
+from l2c_export.core.engine_archive import unpack_plans
+from l2c_export.core.engines import UPDATE, find_engines
 from l2c_export.core.sampler_call import is_stochastic
 from l2c_export.core.samplers import SAMPLERS, sampler_table
 from l2c_export.errors import L2CError, UnsupportedError

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from l2c_export.core.bundle import CONDITIONING, File, Value
+from l2c_export.core.engine_archive import check_archive, pack_plans, unpack_plans
 from l2c_export.core.engines import (
     ENGINES,
     PORTABLE,
@@ -16,13 +17,10 @@ from l2c_export.core.engines import (
     UPDATE,
     Engine,
     EngineSet,
-    check_archive,
     find_engines,
     misfit,
-    pack_plans,
     read_record,
     source_of,
-    unpack_plans,
     unread_engines,
     write_record,
 )

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from l2c_export.build.build import build_bundle
 from l2c_export.cli import cli
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle, read_bundle
+from l2c_export.core.engine_archive import unpack_plans
 from l2c_export.core.engines import (
     CONSTANTS,
     ENGINES,
@@ -25,7 +26,6 @@ from l2c_export.core.engines import (
     UPDATE,
     find_engines,
     read_record,
-    unpack_plans,
     write_record,
 )
 from l2c_export.core.plan import StepGraph

@@ -19,7 +19,8 @@ import tiny
 from l2c_export.build.build import build_bundle
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle, read_bundle
-from l2c_export.core.engines import ENGINES, RECORD, UPDATE, EngineSet, unpack_plans
+from l2c_export.core.engine_archive import unpack_plans
+from l2c_export.core.engines import ENGINES, RECORD, UPDATE, EngineSet
 from l2c_export.core.precision import branch_weights, range_name, scale_name
 from l2c_export.core.uvit_config import UViTConfig
 from l2c_export.engines.build import EngineBuild

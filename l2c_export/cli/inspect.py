@@ -10,7 +10,8 @@ import click
 
 from l2c_export.cli.options import FILE
 from l2c_export.core.bundle import read_bundle
-from l2c_export.core.engines import find_engines, unpack_plans, unread_engines
+from l2c_export.core.engine_archive import unpack_plans
+from l2c_export.core.engines import find_engines, unread_engines
 from l2c_export.core.packed import find_packed
 from l2c_export.core.plan_report import size
 from l2c_export.engines.packed_report import packed_json, packed_text

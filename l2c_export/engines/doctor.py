@@ -11,7 +11,8 @@ from typing import Any
 
 from l2c_export.core.bundle import Bundle
 from l2c_export.core.cpu import cpu_target
-from l2c_export.core.engines import EngineSet, check_archive, find_engines, misfit, unread_engines
+from l2c_export.core.engine_archive import check_archive
+from l2c_export.core.engines import EngineSet, find_engines, misfit, unread_engines
 from l2c_export.core.packed import PackedWeights, find_packed, packed_misfit
 from l2c_export.core.plan_report import size
 from l2c_export.engines.gpus import Gpu, find_gpus

@@ -21,19 +21,17 @@ from pathlib import Path
 import onnx
 
 from l2c_export.core.bundle import WEIGHTS, Bundle, File
+from l2c_export.core.engine_archive import check_archive, pack_plans, unpack_plans
 from l2c_export.core.engines import (
     ENGINES,
     PORTABLE,
     RECORD,
     Engine,
     EngineSet,
-    check_archive,
     engine_from_json,
     folder_name,
-    pack_plans,
     read_record,
     source_of,
-    unpack_plans,
     write_record,
 )
 from l2c_export.core.files import key_of, remove_partial, replacing, sha256, write_json

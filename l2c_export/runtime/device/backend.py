@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle
+from l2c_export.core.engine_archive import unpack_plans
 from l2c_export.core.engines import (
     CONSTANTS,
     PORTABLE,
@@ -16,7 +17,6 @@ from l2c_export.core.engines import (
     build_command,
     find_engines,
     misfit,
-    unpack_plans,
     unread_engines,
 )
 from l2c_export.core.engines import Engine as Record
