@@ -77,7 +77,7 @@ def test_an_edited_record_is_refused(tmp_path):
     [
         ("{", "is damaged"),
         ("[]", "is not a record of engines"),
-        ('{"format": "l2c-engines", "version": 1}', "is damaged"),
+        ('{"format": "l2c-engines", "version": 2}', "is damaged"),
     ],
 )
 def test_what_is_no_record_is_refused(tmp_path, text, message):

@@ -635,6 +635,11 @@ def test_a_dry_build_shows_its_engines(tiny_files):
     graphs = {*(graph.name for graph in plan.graphs), StepGraph((), ()).name}
     assert dry["engines"] == 2 * (len(graphs) + 2)
     assert dry["weights"] == plan.costs.weight_bytes
+    parts = json.loads(CliRunner().invoke(cli, [*call, "--per", "sublayer", "--json"]).stdout)[
+        "engines"
+    ]
+    assert parts["engines"] is None
+    assert parts["caches"] == len(plan.config.slots) * plan.costs.slot_bytes
     later = ["build", *map(str, files), "--profile", "l4", "--backend", "ort", "--dry-run"]
     assert CliRunner().invoke(cli, later).exit_code == 0  # the engines are built on the target
 
@@ -642,7 +647,7 @@ def test_a_dry_build_shows_its_engines(tiny_files):
 def test_damaged_engines_are_reported_and_inspected(bundle):
     folder = bundle.path / ENGINES / build(bundle).folder
     record = (folder / RECORD).read_text()
-    (folder / RECORD).write_text(record.replace('"version": 1', '"version": 99'))
+    (folder / RECORD).write_text(record.replace('"version": 2', '"version": 99'))
     assert "version 99, this release reads" in run(bundle.path, "--report")
     (entry,) = json.loads(run(bundle.path, "--report", "--json"))
     assert entry["folder"] == FOLDER

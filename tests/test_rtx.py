@@ -30,6 +30,7 @@ from l2c_export.engines.inspection import Fusion, check_interface
 from l2c_export.engines.network import Network, engine_network, narrow_products
 from l2c_export.engines.price import value_bytes
 from l2c_export.engines.request import EngineRequest
+from l2c_export.engines.sublayers import cut_sublayers
 from l2c_export.engines.tensorrt_api import BuildOptions
 from l2c_export.errors import L2CError, UnsupportedError
 
@@ -135,6 +136,41 @@ def test_two_builds_are_the_same_bytes(bundle, engines, tmp_path):
     for name in (RECORD, made.archive[0]):
         mine, theirs = (p / ENGINES / made.folder / name for p in (bundle.path, tmp_path / "other"))
         assert mine.read_bytes() == theirs.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def sublayers(bundle) -> EngineSet:
+    (made,) = EngineBuild(bundle, EngineRequest("rtx", AMPERE_AND_LATER, per="sublayer")).run()
+    return made
+
+
+def test_engines_of_sub_layers_are_few_and_fused_as_those_of_step_graphs(engines, sublayers):
+    assert len(sublayers.engines) == 8
+    fusions = {engine.graph: engine.fusion for engine in sublayers.engines}
+    assert {name for name, fusion in fusions.items() if fusion["attentions"]} == {
+        "compute-00.attn",
+        "compute-01.attn",
+    }
+    for fusion in fusions.values():
+        assert fusion["fused_attentions"] == fusion["attentions"]
+        assert fusion["loose_biases"] == fusion["loose_activations"] == 0
+    assert sublayers.plan_bytes < engines[0].plan_bytes / 2
+    assert sublayers.archive[1].bytes < engines[0].archive[1].bytes
+
+
+def test_a_sub_layer_that_is_reused_is_one_kernel_and_a_block_eleven_or_fewer(sublayers):
+    kernels = {engine.graph: engine.fusion["kernels"] for engine in sublayers.engines}
+    assert kernels["advance-00.mlp"] == 1
+    assert kernels["compute-00.mlp"] + kernels["compute-01.attn"] <= 11
+
+
+def test_engines_of_sub_layers_serve_a_range_of_batches(tmp_path):
+    tiny.write_files(tmp_path, CONFIG)
+    plan = tiny.plan(tmp_path, precision="float16", uncached=True, steps=2)
+    ranged = build_bundle(tmp_path / "bundle", tiny.request(plan, batch=(1, 4)))
+    (made,) = EngineBuild(ranged, EngineRequest("rtx", ("sm89",), per="sublayer")).run()
+    assert made.engine("compute-01.attn").fusion["fused_attentions"] == 1
+    assert not any(engine.fusion["loose_biases"] for engine in made.engines)
 
 
 def test_turing_builds_and_is_fused_less(bundle, tmp_path):
@@ -360,3 +396,8 @@ def test_uvit_is_fused_too_and_emitting_its_caches_adds_no_kernel(tmp_path):
         assert fusion.fused_attentions == fusion.attentions == config.blocks
         assert fusion.loose_activations == 0
     assert emits.loose_biases == 0  # else attention's is added where the residual is normed
+    for name, network in cut_sublayers(bundle).networks.items():  # with norms as inputs too
+        if name.startswith("compute"):
+            fusion = built(network, tmp_path, "sm89")
+            assert fusion.fused_attentions == fusion.attentions == int(name.endswith("attn"))
+            assert fusion.loose_activations == 0

@@ -266,6 +266,7 @@ class FakeBackend:
     streams = False
 
     def __init__(self, bundle, threads=None):
+        self.manifest = bundle.manifest
         self.bound = []
 
     def load(self, graph):

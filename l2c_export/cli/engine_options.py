@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from l2c_export.core.engines import PER
 from l2c_export.core.profile import parse_bytes
 from l2c_export.errors import L2CError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 ENGINE_BACKENDS = ("rtx", "trt", "ort-cuda")
 """Backends that run engines."""
 
-ENGINE_KEYS = ("target", "max_vram", "optimization_level", "workspace", "tf32")
+ENGINE_KEYS = ("per", "target", "max_vram", "optimization_level", "workspace", "tf32")
 """What these options take from a profile."""
 
 
@@ -29,6 +30,13 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
 
 
 _OPTIONS = (
+    click.option(
+        "--per",
+        type=click.Choice(PER),
+        default="graph",
+        show_default=True,
+        help="What gets an engine: each step graph, or each kind of sub-layer, for every schedule.",
+    ),
     click.option(
         "--target",
         metavar="SM,SM …",
@@ -74,6 +82,7 @@ def _request(given: dict[str, Any], backend: str) -> EngineRequest:
         "ort" if backend == "ort-cuda" else backend,
         parse_targets(given["target"]) if given["target"] else (),
         given["weights"] == "constants",
+        given["per"],
         given["max_vram"],
         given["optimization_level"],
         given["workspace"],

@@ -60,7 +60,7 @@ def command(
     networks: Path | None,
     as_json: bool,
 ) -> None:
-    """Build engines for BUNDLE: one for each step graph, the conditioning and the sampler.
+    """Build engines for BUNDLE: for its step graphs or sub-layers, the conditioning and the sampler.
 
     With --backend ort, pack the weights of an int8 BUNDLE for this CPU: the runner then finds them.
     """

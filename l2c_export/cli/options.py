@@ -26,6 +26,13 @@ _LARGEST_BATCH = 4096
 
 _log = logging.getLogger(__name__)
 
+schedule_option = click.option(
+    "--schedule",
+    type=FILE,
+    help="Another schedule: a .npy file of (calls, slots) bool, True where reused. Needs engines of "
+    "--per sublayer.",
+)
+
 
 def parse_batch(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
     """``4`` is a fixed batch, ``1-8`` a range; return (smallest, largest)."""

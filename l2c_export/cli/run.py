@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from l2c_export.cli.options import FILE, engines_option, parse_labels
+from l2c_export.cli.options import FILE, engines_option, parse_labels, schedule_option
 from l2c_export.cli.profile_option import profile_option
 from l2c_export.cli.progress import show_progress
 from l2c_export.core.bundle import read_bundle
@@ -24,6 +24,7 @@ from l2c_export.runtime.backends import BACKENDS
 @click.option("--noise", type=FILE, help="A .npy file of (images, C, H, W) float32 to start from.")
 @click.option("--guidance-scale", type=float, help="Default: the bundle's own.")
 @click.option("--cached/--uncached", default=True, help="Uncached computes everything in every call.")
+@schedule_option
 @click.option("--backend", type=click.Choice(list(BACKENDS)), default="ort", show_default=True)
 @engines_option
 @profile_option("backend", "threads")

@@ -7,11 +7,17 @@ from pathlib import Path
 
 import click
 
-from l2c_export.cli.options import FILE, engines_option, parse_labels, write_report
+from l2c_export.cli.options import (
+    FILE,
+    engines_option,
+    parse_labels,
+    schedule_option,
+    write_report,
+)
 from l2c_export.cli.profile_option import profile_option
 from l2c_export.cli.progress import show_progress
+from l2c_export.evidence.schedule_file import load_runner
 from l2c_export.evidence.verify import Settings, report_json, report_table, verify
-from l2c_export.runtime import Runner
 from l2c_export.runtime.backends import BACKENDS
 
 
@@ -35,6 +41,7 @@ from l2c_export.runtime.backends import BACKENDS
 @click.option(
     "--uncached/--no-uncached", default=True, help="Also compare without caching. Default: yes."
 )
+@schedule_option
 @click.option("--backend", type=click.Choice(list(BACKENDS)), default="ort", show_default=True)
 @engines_option
 @profile_option("backend", "threads")
@@ -46,17 +53,18 @@ def command(
     backend: str,
     engines: str | None,
     threads: int | None,
+    schedule: Path | None,
     as_json: bool,
     report: Path | None,
     **settings: object,
 ) -> None:
     """Compare BUNDLE, call by call, with PyTorch and the same schedule; exit 3 where it differs.
 
-    The schedule is the bundle's own: what each call reuses is what its manifest reads, and no router is
-    read again. Timesteps and updates are the sampler's, computed anew, and not the manifest's; the
-    weights are the bundle's, or with --checkpoint those of that file.
+    The schedule is the bundle's own, unless --schedule is given: what each call reuses is what its
+    manifest reads, and no router is read again. Timesteps and updates are the sampler's, computed anew,
+    and not the manifest's; the weights are the bundle's, or with --checkpoint those of that file.
     """
-    runner = Runner.load(bundle, backend, threads, engines=engines)
+    runner = load_runner(bundle, backend, threads, engines, schedule)
     with show_progress() as progress:
         result = verify(runner, Settings(**settings), progress)  # type: ignore[arg-type]
     data = report_json(result, runner)

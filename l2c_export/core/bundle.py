@@ -30,7 +30,8 @@ CONDITIONING = "conditioning"
 """Name of the graph that does not depend on x, of its output, and of the step graphs' input."""
 
 Dimension = int | str
-"""A size, ``"batch"`` (latents), ``"rows"`` (latents, times two with guidance) or ``"n"`` (any)."""
+"""A size, ``"batch"`` (latents), ``"rows"`` (latents, times two with guidance), ``"n"`` (any), or one
+of these times a number: ``"rows*256"``."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,17 @@ class Value:
         """The same of an ``onnx_ir.Value`` that has a type."""
         sizes = tuple(d if isinstance(d, int) else str(d) for d in value.shape or ())
         return cls(str(value.name), str(value.dtype.numpy()), sizes)
+
+    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with numbers for the names of its dimensions."""
+        parts = [("", d) if isinstance(d, int) else multiple(d) for d in self.shape]
+        return tuple(times * sizes[name] if name else times for name, times in parts)
+
+
+def multiple(dimension: str) -> tuple[str, int]:
+    """Name and factor of a dimension that varies."""
+    name, _, times = dimension.partition("*")
+    return name, int(times or 1)
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,14 @@ from l2c_export.core.bundle import (
     parse_values,
 )
 from l2c_export.core.files import key_of, replacing
+from l2c_export.core.sublayers import Stage, parameters, stages_from_json
 from l2c_export.errors import L2CError, UnsupportedError
 
 ENGINES = "engines"
 """The folder in a bundle that holds a folder for each backend, version and set of targets."""
 
 RECORD = "engines.json"
-FORMAT, VERSION = "l2c-engines", 1
+FORMAT, VERSION = "l2c-engines", 2
 
 UPDATE = "update"
 """Name of the engine that computes the sampler's update; every other engine is named as its graph."""
@@ -48,6 +49,9 @@ PORTABLE_TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
 
 CONSTANTS = "constants"
 """The option ``weights`` of engines that hold all their weights."""
+
+PER = ("graph", "sublayer")
+"""The option ``per``: one engine for each step graph, or for each kind of sub-layer."""
 
 _SOURCES = ("x", "output", "noise")
 
@@ -132,6 +136,8 @@ class EngineSet:
             conditioning, ``"n"``.
         archive: Name of the file of all plans, compressed, and what it must be.
         engines: In the order of the archive.
+        stages: How a call runs engines that are for each kind of sub-layer; empty where every step
+            graph has its own.
     """
 
     backend: str
@@ -141,12 +147,12 @@ class EngineSet:
     ranges: dict[str, tuple[int, int, int]]
     archive: tuple[str, File]
     engines: tuple[Engine, ...]
+    stages: tuple[Stage, ...] = ()
 
     @property
     def folder(self) -> str:
         """Name of its folder."""
-        constant = self.options.get("weights") == CONSTANTS
-        return folder_name(self.backend, self.version, self.targets, constant)
+        return folder_name(self.backend, self.version, self.targets, self.options)
 
     @property
     def plan_bytes(self) -> int:
@@ -169,11 +175,28 @@ class EngineSet:
                 return engine
         raise L2CError(f"engines {self.folder} have none for {graph}; build them again")
 
+    def program(self, manifest: Manifest) -> tuple[str, ...]:
+        """The graphs whose engines a session needs to run the calls of a manifest."""
+        if self.stages:
+            return tuple(engine.graph for engine in self.engines)
+        return (*manifest.step_graphs(), CONDITIONING, UPDATE)
+
+    def runs(self, call: ProgramCall) -> tuple[str, ...]:
+        """The graphs whose engines a call runs, in order."""
+        if not self.stages:
+            return call.graph, UPDATE
+        pieces = (stage.piece(stage.slot in call.reads) for stage in self.stages)
+        return (*(piece.engine for piece in pieces if piece is not None), UPDATE)
+
+    def parameters(self) -> list[Value]:
+        """What engines take of ``weights.safetensors``, in their shapes; some several times."""
+        return parameters({engine.graph: engine.weights for engine in self.engines}, self.stages)
+
     def stale(self, bundle: Bundle) -> str | None:
         """Why these engines are not of this very bundle; None where they are."""
         manifest = bundle.manifest
         held = {engine.graph: engine for engine in self.engines}
-        for graph in (*manifest.step_graphs(), CONDITIONING, UPDATE):
+        for graph in self.program(manifest):
             if graph not in held:
                 return f"built for another schedule, without {graph}"
             if held[graph].source != source_of(manifest, graph, bool(held[graph].constants)):
@@ -198,18 +221,24 @@ def build_command(bundle: Bundle, backend: str) -> str:
     return f"l2c-export engines {bundle.path} --backend {'ort-cuda' if backend == 'ort' else backend}"
 
 
-def folder_name(backend: str, version: str, targets: Iterable[str], constant: bool) -> str:
-    """Name of the folder for a backend, its version and targets, and where the weights are."""
-    return f"{backend}-{version}-{'+'.join(targets)}{'-constants' if constant else ''}"
+def folder_name(backend: str, version: str, targets: Iterable[str], options: Mapping[str, Any]) -> str:
+    """Name of the folder for a backend, its version and targets, and the kind of engines."""
+    kind = "-constants" * (options.get("weights") == CONSTANTS)
+    kind += "-sublayer" * (options.get("per") == "sublayer")
+    return f"{backend}-{version}-{'+'.join(targets)}{kind}"
 
 
 def source_of(manifest: Manifest, graph: str, holds_weights: bool) -> str:
-    """Digest of what an engine is made from: its graph, and the weights where it holds some."""
+    """Digest of what an engine is made from: its graph, and the weights where it holds some.
+
+    An engine that is no graph of the manifest is a part of the uncached step graph.
+    """
     parts: list[Any]
     if graph == UPDATE:
         parts = [UPDATE, manifest.latent, manifest.batch, *update_terms(manifest)]
     else:
-        parts = [manifest.files[manifest.graphs[graph].file].sha256]
+        whole = manifest.graphs.get(graph, manifest.graphs[manifest.uncached])
+        parts = [manifest.files[whole.file].sha256]
         if holds_weights:
             parts.append(manifest.files[WEIGHTS].sha256)
     return key_of(parts)
@@ -272,6 +301,7 @@ def _parse(data: Mapping[str, Any]) -> EngineSet:
             "ranges": {key: tuple(sizes) for key, sizes in data["ranges"].items()},
             "archive": (name, File(**entry)),
             "engines": tuple(map(engine_from_json, data["engines"])),
+            "stages": stages_from_json(data["stages"]),
         }
     )
 

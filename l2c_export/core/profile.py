@@ -34,6 +34,7 @@ class Profile:
         batch: Latents in one call, ``"N"`` or ``"LO-HI"``.
         threads: For each call; None leaves it to the backend.
         max_graphs: At most so many step graphs; None for as many as the schedule has.
+        per: What gets an engine: ``"graph"`` or ``"sublayer"``; None for each step graph.
         target: Compute capabilities that engines are built for, such as ``"sm86,sm89"``; None for
             portable engines (rtx), or for the GPU that builds them (trt).
         max_vram: Device memory that a session may need, such as ``"8G"``; None for any.
@@ -49,6 +50,7 @@ class Profile:
     batch: str = "1"
     threads: int | None = None
     max_graphs: int | None = None
+    per: str | None = None
     target: str | None = None
     max_vram: str | None = None
     optimization_level: int | None = None

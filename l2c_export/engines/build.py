@@ -12,6 +12,7 @@ from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle
 from l2c_export.core.engines import PORTABLE, PORTABLE_TARGETS, UPDATE, EngineSet
 from l2c_export.core.plan_report import size
 from l2c_export.core.precision import Precision, precision_of
+from l2c_export.core.sublayers import Stage
 from l2c_export.engines.folder import EngineFolder, Progress
 from l2c_export.engines.gpus import find_gpus
 from l2c_export.engines.network import (
@@ -21,8 +22,9 @@ from l2c_export.engines.network import (
     narrow_products,
     update_network,
 )
-from l2c_export.engines.price import price
+from l2c_export.engines.price import Price, price, price_sublayers
 from l2c_export.engines.request import EngineRequest
+from l2c_export.engines.sublayers import Sublayers, cut_sublayers
 from l2c_export.engines.tensorrt_api import builder_targets, builder_version
 from l2c_export.errors import L2CError, UnsupportedError
 
@@ -41,7 +43,9 @@ class EngineBuild:
         bundle: The bundle.
         request: What was asked for.
         networks: Name of an engine's graph to what it is built from.
+        stages: How a call runs them, where they are for each kind of sub-layer.
         price: What the engines will cost.
+        other: What they would cost with the other choice of ``per``; None where there is no such.
         version: Of the backend.
         families: Targets that are built together; each becomes a folder.
     """
@@ -55,16 +59,36 @@ class EngineBuild:
         """
         manifest = bundle.manifest
         check_precision(str(bundle.path), manifest.precision, request)
+        if request.constant and request.per == "sublayer":
+            raise L2CError("an engine that serves many sub-layers holds no weights: give no --weights")
         self.bundle, self.request = bundle, request
         graphs = dict.fromkeys((CONDITIONING, *manifest.step_graphs(), manifest.uncached))
         bundle.check_files({WEIGHTS, *(manifest.graphs[graph].file for graph in graphs)})
-        self.networks = {graph: engine_network(bundle, graph, request.constant) for graph in graphs}
-        self.networks[UPDATE] = update_network(manifest)
-        self.price = price(manifest, self.networks)
+        whole = {graph: engine_network(bundle, graph, request.constant) for graph in graphs}
+        whole[UPDATE] = update_network(manifest)
+        self.networks = whole
+        self.stages: tuple[Stage, ...] = ()
+        self.price = price(manifest, whole)
+        self.other: Price | None = None
+        if (cut := self._sublayers()) is not None:
+            parts = cut.networks | {UPDATE: whole[UPDATE]}
+            self.other = price_sublayers(manifest, self.price, parts, cut.stages)
+            if request.per == "sublayer":
+                self.networks, self.stages = parts, cut.stages
+                self.price, self.other = self.other, self.price
         self.check_memory()
         ort = request.backend == "ort"
         self.version = f"opset{OPSET}" if ort else builder_version(request.backend)
         self.families = target_families(request, precision_of(manifest.precision))
+
+    def _sublayers(self) -> Sublayers | None:
+        """The networks for every schedule; None where nobody asked and there are none."""
+        try:
+            return cut_sublayers(self.bundle)
+        except UnsupportedError:
+            if self.request.per == "sublayer":
+                raise
+            return None
 
     def check_memory(self, scratch: int = 0, code: int = 0) -> None:
         """Hold what a session needs against the limit.
@@ -98,7 +122,13 @@ class EngineBuild:
             for targets in self.families:
                 networks = self.networks_for(targets)
                 folder = EngineFolder(
-                    self.bundle, networks, self.request, self.version, targets, self.check_memory
+                    self.bundle,
+                    networks,
+                    self.request,
+                    self.version,
+                    targets,
+                    self.check_memory,
+                    self.stages,
                 )
                 made.append(folder.run(progress))
         return tuple(made)

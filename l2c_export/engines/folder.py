@@ -35,6 +35,7 @@ from l2c_export.core.engines import (
     write_record,
 )
 from l2c_export.core.files import key_of, remove_partial, replacing, sha256, write_json
+from l2c_export.core.sublayers import Stage
 from l2c_export.engines.compile import compile_network, way_out
 from l2c_export.engines.inspection import Fusion, Inspection, check_interface, fusion, read_log
 from l2c_export.engines.network import Network
@@ -66,11 +67,12 @@ class EngineFolder:
         version: str,
         targets: tuple[str, ...],
         check_memory: CheckMemory = lambda *_: None,
+        stages: tuple[Stage, ...] = (),
     ) -> None:
-        self.bundle, self.networks, self.request = bundle, networks, request
+        self.bundle, self.networks, self.request, self.stages = bundle, networks, request, stages
         self.version, self.targets, self.check_memory = version, targets, check_memory
         self.constant = request.constant
-        name = folder_name(request.backend, version, targets, self.constant)
+        name = folder_name(request.backend, version, targets, request.options)
         self.path = bundle.path / ENGINES / name
         self.archive = "plans.bin" if self.constant else "plans.xz"  # weights do not compress
         self.held: dict[str, Engine] = {}
@@ -106,6 +108,7 @@ class EngineFolder:
             self.ranges,
             archive,
             tuple(self._described(graph) for graph in self.networks),
+            self.stages,
         )
         if made != old:
             write_record(self.path, made)
@@ -189,8 +192,7 @@ class EngineFolder:
     def _options(self, network: Network) -> BuildOptions:
         ranges = {
             value.name: tuple(
-                tuple(size if isinstance(size, int) else self.ranges[size][i] for size in value.shape)
-                for i in range(3)
+                value.sized({name: sizes[i] for name, sizes in self.ranges.items()}) for i in range(3)
             )
             for value in network.inputs
             if not all(isinstance(size, int) for size in value.shape)

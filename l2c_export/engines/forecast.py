@@ -17,7 +17,7 @@ class Forecast:
     Attributes:
         backend: What they are built for.
         families: Targets that are built together; each becomes a folder.
-        engines: In all families.
+        engines: In all families; None where each kind of sub-layer gets one, as only graphs tell.
         weights: Bytes of device memory for weights, small constants once.
         caches: Bytes of device memory for stored slots, at the largest batch.
         max_vram: Limit of what a session may need, in bytes; None for any.
@@ -25,7 +25,7 @@ class Forecast:
 
     backend: str
     families: tuple[tuple[str, ...], ...]
-    engines: int
+    engines: int | None
     weights: int
     caches: int
     max_vram: int | None
@@ -47,12 +47,13 @@ def forecast(request: EngineRequest, plan: Plan, batch: tuple[int, int]) -> Fore
     families = target_families(request, plan.precision)
     graphs = {*plan.graphs, StepGraph((), ())}  # every bundle has the uncached one
     costs = plan.costs
+    whole = request.per == "graph"
     made = Forecast(
         request.backend,
         families,
-        (len(graphs) + 2) * len(families),  # the conditioning and the update
+        (len(graphs) + 2) * len(families) if whole else None,  # the conditioning and the update
         costs.copied_weight_bytes if request.constant else costs.weight_bytes,
-        costs.buffer_bytes * batch[1],
+        (costs.buffer_bytes if whole else len(plan.config.slots) * costs.slot_bytes) * batch[1],
         request.max_vram,
     )
     parts = {"weights": made.weights, "caches": made.caches}
@@ -64,8 +65,9 @@ def forecast_text(made: Forecast) -> str:
     """The forecast for a terminal, below the plan's totals."""
     targets = "; ".join(", ".join(family) for family in made.families)
     limit = "" if made.max_vram is None else f", the limit is {size(made.max_vram)}"
+    count = "one for each kind of sub-layer" if made.engines is None else made.engines
     return (
-        f"engines       {made.engines} for {made.backend}, targets {targets}: "
+        f"engines       {count} for {made.backend}, targets {targets}: "
         f"{size(made.weights + made.caches)} of device memory for weights and caches, and latents, "
         f"conditioning, scratch and code{limit}"
     )

@@ -8,7 +8,7 @@ it does with constants. These very files also run in plain ONNX Runtime.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,15 +60,15 @@ def engine_network(bundle: Bundle, graph: str, constant: bool = False) -> Networ
             folder of the bundle.
     """
     model = ir.load(bundle.file(graph))
-    inputs, outputs = _values(model.graph.inputs), _values(model.graph.outputs)
-    shared = _block_linears(bundle.manifest)
+    inputs, outputs = values_of(model.graph.inputs), values_of(model.graph.outputs)
+    outside = input_rule(bundle.manifest)
     weights, constants = [], []
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
         value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
-        if not constant and (name in shared or _multiplied(value) or tensor.nbytes > INLINED):
+        if not constant and outside(value):
             del model.graph.initializers[name]
             value.const_value = None
             model.graph.inputs.append(value)
@@ -77,7 +77,7 @@ def engine_network(bundle: Bundle, graph: str, constant: bool = False) -> Networ
         if not constant:
             value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
         constants.append(value)
-    return Network(_bytes(model), inputs, _values(weights), outputs, _values(constants))
+    return Network(model_bytes(model), inputs, values_of(weights), outputs, values_of(constants))
 
 
 def narrow_products(network: Network) -> Network:
@@ -103,7 +103,7 @@ def narrow_products(network: Network) -> Network:
         model.graph.insert_after(node, widen)
         for use in uses:
             use.node.replace_input_with(use.idx, widen.outputs[0])
-    return replace(network, model=_bytes(model))
+    return replace(network, model=model_bytes(model))
 
 
 def _cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
@@ -154,7 +154,19 @@ def update_network(manifest: Manifest) -> Network:
         name="update",
     )
     model = ir.Model(graph, ir_version=10, producer_name="l2c-export")
-    return Network(_bytes(model), _values(graph.inputs), (), _values(outputs))
+    return Network(model_bytes(model), values_of(graph.inputs), (), values_of(outputs))
+
+
+def input_rule(manifest: Manifest) -> Callable[[ir.Value], bool]:
+    """Whether a stored parameter of a step graph becomes an input of its network."""
+    linears = _block_linears(manifest)
+
+    def outside(value: ir.Value) -> bool:
+        tensor = value.const_value
+        large = tensor is not None and tensor.nbytes > INLINED
+        return large or value.name in linears or _multiplied(value)
+
+    return outside
 
 
 def _block_linears(manifest: Manifest) -> set[str]:
@@ -179,9 +191,11 @@ def _integers(name: str, values: list[int]) -> ir.Value:
     )
 
 
-def _bytes(model: ir.Model) -> bytes:
+def model_bytes(model: ir.Model) -> bytes:
+    """A model serialised: the same bytes for the same model."""
     return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
-def _values(of: Iterable[ir.Value]) -> tuple[Value, ...]:
+def values_of(of: Iterable[ir.Value]) -> tuple[Value, ...]:
+    """Values of a graph as manifests and records have them."""
     return tuple(map(Value.of, of))

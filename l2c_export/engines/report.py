@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from l2c_export.core.bundle import WEIGHTS, Bundle
-from l2c_export.core.engines import EngineSet
+from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle
+from l2c_export.core.engines import PER, EngineSet
 from l2c_export.core.plan_report import size
 
 if TYPE_CHECKING:
     from l2c_export.engines.build import EngineBuild
+
+_SERVES = {"graph": "", "sublayer": "; they serve every schedule, decided when it runs"}
 
 
 def plan_json(build: EngineBuild) -> dict[str, Any]:
@@ -27,6 +29,7 @@ def plan_json(build: EngineBuild) -> dict[str, Any]:
         "engines": len(build.networks) * len(build.families),
         "total": build.price.total,
         "max_vram": request.max_vram,
+        "other": build.other and {**asdict(build.other), "total": build.other.total},
     }
 
 
@@ -39,19 +42,26 @@ def plan_text(build: EngineBuild) -> str:
     held = (
         f"{size(price.constants)} in {price.engines} engines, each with its own"
         if request.constant
-        else f"{size(price.weights)} once, {size(price.constants)} of small constants in engines; "
-        f"{size(price.separate)} if each engine had its own ({share:.1f} x)"
+        else f"{size(price.weights)} once, {size(price.constants)} of small constants in engines"
     )
-    return "\n".join(
-        [
-            f"{build.bundle.path}: {count} engines for {request.backend} {build.version}, "
-            f"targets {targets}",
-            f"  weights     {held}",
-            f"  caches      {size(price.caches)}",
-            f"  state       {size(price.state)} of latents and conditioning",
-            f"  in all      {size(price.total)} of device memory, and scratch and code when built",
-        ]
-    )
+    if not build.stages and not request.constant:
+        held += f"; {size(price.separate)} if each engine had its own ({share:.1f} x)"
+    lines = [
+        f"{build.bundle.path}: {count} engines for {request.backend} {build.version}, "
+        f"targets {targets}",
+        f"  weights     {held}",
+        f"  caches      {size(price.caches)}",
+        f"  state       {size(price.state)} of latents and conditioning",
+        f"  in all      {size(price.total)} of device memory, and scratch and code when built",
+        f"  a call      runs {price.runs} engines at most{_SERVES[request.per]}",
+    ]
+    if (other := build.other) is not None:
+        (per,) = {*PER} - {request.per}
+        lines.append(
+            f"  or          --per {per}: {other.engines * len(build.families)} engines, "
+            f"{size(other.total)}, {other.runs} a call{_SERVES[per]}"
+        )
+    return "\n".join(lines)
 
 
 def engines_json(bundle: Bundle, sets: Iterable[EngineSet]) -> list[dict[str, Any]]:
@@ -79,6 +89,7 @@ def engines_text(bundle: Bundle, made: EngineSet) -> str:
     ]
     if not any(engine.fusion for engine in made.engines):
         return "\n".join([*lines, "  (no list of kernels in the builder's log)"])
+    lines += _calls_text(bundle, made)
     lines.append(
         f"  {'engine':16}  {'plan':>9}  {'scratch':>9}  {'kernels':>7}  {'a block':>7}  "
         f"{'attention':>9}  loose: bias GELU"
@@ -94,3 +105,16 @@ def engines_text(bundle: Bundle, made: EngineSet) -> str:
             f"{block:>7}  {attention:>9}  {fused['loose_biases']:>11} {fused['loose_activations']:>4}"
         )
     return "\n".join(lines)
+
+
+def _calls_text(bundle: Bundle, made: EngineSet) -> list[str]:
+    """Kernels of a whole trajectory and of its calls, where they are known for this very bundle."""
+    kernels = {engine.graph: engine.fusion["kernels"] for engine in made.engines if engine.fusion}
+    runs = [made.runs(call) for call in bundle.manifest.calls]
+    if not kernels.keys() >= {CONDITIONING}.union(*runs):
+        return []
+    calls = [sum(kernels[graph] for graph in call) for call in runs]
+    return [
+        f"  {len(calls)} calls run {sum(calls)} kernels, {min(calls)} to {max(calls)} each, and the "
+        f"conditioning {kernels[CONDITIONING]}"
+    ]

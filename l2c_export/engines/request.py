@@ -20,6 +20,7 @@ class EngineRequest:
         backend: One of :data:`BACKENDS`.
         targets: ``"sm89"`` …; empty for portable engines (rtx), or those of this machine's GPU (trt).
         constant: Whether every engine holds its weights, instead of taking them as inputs.
+        per: One of :data:`l2c_export.core.engines.PER`: what gets an engine.
         max_vram: Bytes of device memory that a session may need; None for any.
         optimization_level: As in :class:`l2c_export.engines.tensorrt_api.BuildOptions`.
         workspace: As there.
@@ -29,6 +30,7 @@ class EngineRequest:
     backend: str
     targets: tuple[str, ...] = ()
     constant: bool = False
+    per: str = "graph"
     max_vram: int | None = None
     optimization_level: int | None = None
     workspace: int | None = None
@@ -39,6 +41,7 @@ class EngineRequest:
         """What the engines depend on, besides the targets."""
         return {
             "weights": CONSTANTS if self.constant else "inputs",
+            "per": self.per,
             "optimization_level": self.optimization_level,
             "workspace": self.workspace,
             "tf32": self.tf32,

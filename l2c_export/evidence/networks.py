@@ -61,11 +61,13 @@ def write_networks(build: EngineBuild, folder: Path, seed: int = 0) -> dict[str,
         Name of each network to its function, or to ``""`` where numpy lacks a type of its inputs.
 
     Raises:
-        L2CError: The networks would hold their weights, or the bundle does not run.
+        L2CError: They would hold their weights, or are of sub-layers; or the bundle does not run.
     """
     bundle = build.bundle
     if build.request.constant:
         raise L2CError(f"networks that hold their weights are there already: {bundle.path}/step-*.onnx")
+    if build.stages:
+        raise L2CError("inputs of real calls are those of step graphs: leave --per sublayer out")
     networks = build.networks_for(build.families[-1])
     types = {value.dtype for n in networks.values() for value in (*n.inputs, *n.weights)}
     recorded = _recorded(bundle, seed) if all(map(_is_numpys, types)) else {}

@@ -21,7 +21,7 @@ from l2c_export.core.bundle import Manifest
 from l2c_export.core.files import replacing
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.evidence.images import IMAGE_CHANNELS, check_pillow, write_grid
-from l2c_export.runtime import Runner
+from l2c_export.evidence.schedule_file import load_runner
 from l2c_export.runtime.inputs import check_guidance, check_noise
 
 _SUFFIXES = (".npz", ".npy", ".png")
@@ -37,7 +37,9 @@ class SampleOptions:
         seed: For the noise; 0 if there is none, unless ``noise`` is all there is to draw.
         noise: A ``.npy`` file of (images, C, H, W) float32 to start from.
         guidance_scale: None for the bundle's own.
-        cached: Whether to run the bundle's program, or to compute everything.
+        cached: Whether to follow a schedule, or to compute everything.
+        schedule: A ``.npy`` file of another schedule than the bundle's own; see
+            :func:`l2c_export.evidence.schedule_file.load_runner`.
         backend: What runs the graphs.
         engines: Name of a folder of the bundle's engines; None for the best that fits.
         threads: For each call; None for the backend's choice.
@@ -48,6 +50,7 @@ class SampleOptions:
     noise: Path | None = None
     guidance_scale: float | None = None
     cached: bool = True
+    schedule: Path | None = None
     backend: str = "ort"
     engines: str | None = None
     threads: int | None = None
@@ -78,7 +81,7 @@ def sample_to_files(
     _check_output(output)
     given = _read_noise(options.noise) if options.noise else None
     began = time.perf_counter()
-    runner = Runner.load(bundle, options.backend, options.threads, engines=options.engines)
+    runner = load_runner(bundle, options.backend, options.threads, options.engines, options.schedule)
     loaded = time.perf_counter() - began
     manifest = runner.manifest
     outputs = _outputs(manifest, output)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from l2c_export.core.bundle import Bundle
+from l2c_export.core.bundle import Bundle, Manifest
 from l2c_export.errors import L2CError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ class Backend(Protocol):
     version: str
     """Name and version, as reports print them."""
 
+    manifest: Manifest
+    """The program that sessions run."""
+
     streams: bool
     """Whether sessions are on a device, where a whole trajectory is enqueued at once: looking at its
     calls one by one has the host wait for each."""
@@ -55,6 +58,14 @@ class Backend(Protocol):
             graphs: The runner, which has the graphs that were loaded.
             batch: Latents of the trajectory.
         """
+
+
+@runtime_checkable
+class Reschedulable(Backend, Protocol):
+    """A backend whose engines may serve any schedule."""
+
+    def with_schedule(self, reuse: Any) -> Backend:
+        """The same engines and weights for another schedule."""
 
 
 BACKENDS = {

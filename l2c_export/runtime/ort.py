@@ -73,6 +73,7 @@ class OrtBackend:
                 "build with --precision float32 to run it here"
             )
         self._bundle = bundle
+        self.manifest = bundle.manifest
         self._threads = threads
         self._packed = fitting_packed(bundle, ort.__version__, cpu_target()) if packed else None
         if self._packed:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle, read_bundle
 from l2c_export.errors import UnsupportedError
-from l2c_export.runtime.backends import Backend, LoadedGraph, load_backend
+from l2c_export.runtime.backends import Backend, LoadedGraph, Reschedulable, load_backend
 from l2c_export.runtime.inputs import batches, check_batch, check_labels, check_noise
 from l2c_export.runtime.noise import NoiseSource, check_call_noise, given_noise, seeded_noise
 from l2c_export.runtime.sampler_state import Floats
@@ -47,13 +47,13 @@ class Runner:
 
     Attributes:
         bundle: The bundle.
-        manifest: Its program.
+        manifest: The program that it runs: the bundle's, unless :meth:`with_schedule` made the runner.
         backend: What runs the graphs.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
-        self.manifest = bundle.manifest
+        self.manifest = backend.manifest
         self.backend = backend
         self._graphs: dict[str, LoadedGraph] = {}
         self._loading = threading.Lock()
@@ -72,10 +72,11 @@ class Runner:
             path: The bundle's folder.
             backend: A name from :data:`l2c_export.runtime.backends.BACKENDS`.
             threads: For each call; None is the backend's choice.
-            options: Of the backend: of those that run engines ``graphs``, what one launch runs, and
-                ``device``, the number of the GPU, and ``engines``, the name of a folder of engines
-                where several fit; of ``ort`` ``packed``, False not to use weights that are packed
-                for this CPU. None is as if it were not given.
+            options: Of the backend: of those that run engines ``graphs``, what one launch runs,
+                ``device``, the number of the GPU, ``engines``, the name of a folder of engines
+                where several fit, and ``per``, ``"sublayer"`` for those that serve every schedule;
+                of ``ort`` ``packed``, False not to use weights that are packed for this CPU. None
+                is as if it were not given.
 
         Raises:
             L2CError: There is no bundle, a file is not what was built, or the backend is not
@@ -88,11 +89,29 @@ class Runner:
             checked = pool.submit(bundle.check_files, files & {WEIGHTS})
             try:
                 runner = cls(bundle, load_backend(backend, bundle, threads, options))
-                for name in (CONDITIONING, *bundle.manifest.step_graphs()):
+                for name in (CONDITIONING, *runner.manifest.step_graphs()):
                     runner.graph(name)
             finally:
                 checked.result()  # says that weights are damaged, not what a backend makes of them
         return runner
+
+    def with_schedule(self, reuse: Any) -> Runner:
+        """A runner of the same engines and weights that follows another schedule.
+
+        Args:
+            reuse: (calls, slots) bool, noisiest call first: True reuses what the slot stored last.
+
+        Raises:
+            UnsupportedError: The backend runs an engine for each step graph, not for each kind of
+                sub-layer.
+            L2CError: The schedule has other sizes, or reuses what no earlier call computed.
+        """
+        if not isinstance(self.backend, Reschedulable):
+            raise UnsupportedError(
+                f"{self.backend.version} runs the bundle's own schedule alone; engines that serve any "
+                f"are built with: l2c-export engines {self.bundle.path} --per sublayer"
+            )
+        return Runner(self.bundle, self.backend.with_schedule(reuse))
 
     def graph(self, name: str) -> LoadedGraph:
         """A graph of the manifest, loaded when it is first asked for."""

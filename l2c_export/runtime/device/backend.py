@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
-from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle
+from l2c_export.core.bundle import WEIGHTS, Bundle
 from l2c_export.core.engine_archive import unpack_plans
 from l2c_export.core.engines import (
     CONSTANTS,
+    PER,
     PORTABLE,
-    UPDATE,
     EngineSet,
     build_command,
     find_engines,
@@ -20,6 +21,7 @@ from l2c_export.core.engines import (
     unread_engines,
 )
 from l2c_export.core.engines import Engine as Record
+from l2c_export.core.sublayers import scheduled
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime.device.protocols import Device, Engine
 from l2c_export.runtime.device.session import DeviceSession
@@ -56,17 +58,16 @@ class DeviceBackend:
     ) -> None:
         self.version = f"{name} on {device.name}"
         self.device = device
-        self.manifest = bundle.manifest
         self.folder, self.engines = found
+        self.manifest = scheduled(bundle.manifest) if self.engines.stages else bundle.manifest
         self.graphs = graphs
         self.compiled = compiled
         self._load = load
         self._lock = threading.RLock()
         self._loaded: dict[str, Engine] = {}
         with device.current():
-            self._load_all({CONDITIONING, UPDATE, *self.manifest.step_graphs()})
-            wanted = [value for record in self.engines.engines for value in record.weights]
-            self.weights = DeviceWeights(device, bundle.path / WEIGHTS, wanted)
+            self._load_all(self.engines.program(self.manifest))
+            self.weights = DeviceWeights(device, bundle.path / WEIGHTS, self.engines.parameters())
 
     def engine(self, graph: str) -> Engine:
         """A loaded engine; loaded when it is first asked for.
@@ -86,19 +87,32 @@ class DeviceBackend:
             if record.graph in graphs:
                 self._loaded[record.graph] = self._load(record, plan)
 
-    def load(self, graph: str) -> Engine:
-        """The engine of a graph."""
+    def with_schedule(self, reuse: Any) -> DeviceBackend:
+        """The same engines and weights for another schedule.
+
+        Raises:
+            UnsupportedError: Every engine is for one step graph, and so for the bundle's schedule.
+            L2CError: The schedule does not fit, see :func:`l2c_export.core.sublayers.scheduled`.
+        """
+        if not self.engines.stages:
+            raise UnsupportedError(
+                f"engines {self.folder.name} are for the schedule of the bundle alone; build some that "
+                f"serve any: l2c-export engines {self.folder.parents[1]} --per sublayer"
+            )
+        other = copy.copy(self)
+        other.manifest = scheduled(self.manifest, reuse)
+        return other
+
+    def load(self, graph: str) -> Engine | None:
+        """The engine of a graph; None where its parts are loaded already."""
+        if self.engines.stages and graph == self.manifest.uncached:
+            return None
         with self.device.current():
             return self.engine(graph)
 
     def session(self, graphs: Any, batch: int) -> DeviceSession:
         """A session on this device; it takes its engines from here."""
         return DeviceSession(self, batch)
-
-    def __del__(self) -> None:
-        if hasattr(self, "weights"):
-            with self.device.current():
-                self.weights.close()
 
 
 def check_graphs(graphs: str) -> str:
@@ -114,11 +128,12 @@ def choose_engines(
     version: str,
     capability: tuple[int, int] | None,
     name: str | None = None,
+    per: str | None = None,
 ) -> tuple[Path, EngineSet]:
     """The folder of engines that fits this machine and this very bundle.
 
-    Where several do, engines for named targets go before portable ones, and those that take their
-    weights as inputs before those that hold them.
+    Where several do, engines of step graphs go before those of sub-layers, those for named targets
+    before portable ones, and those that take their weights as inputs before those that hold them.
 
     Args:
         bundle: The bundle.
@@ -126,11 +141,14 @@ def choose_engines(
         version: Its version.
         capability: The device's compute capability; None where it is not known.
         name: Of the folder that is to be taken; None for whichever fits.
+        per: What is to have an engine, one of :data:`l2c_export.core.engines.PER`; None for either.
 
     Raises:
         L2CError: There is no folder of that name.
         UnsupportedError: There is none that fits; says of each why not, and how to build them.
     """
+    if per not in (None, *PER):
+        raise L2CError(f"per is {per!r}; it must be one of: {', '.join(PER)}")
     found, unread = find_engines(bundle), unread_engines(bundle)
     if name is not None:
         if name not in (there := [folder.name for folder, _ in (*found, *unread)]):
@@ -141,33 +159,45 @@ def choose_engines(
     reasons = []
     for folder, engines in sorted(found, key=_preference):
         reason = misfit(engines, backend, version, capability) or engines.stale(bundle)
+        if reason is None and per not in (None, PER[bool(engines.stages)]):
+            reason = f"built for each {PER[bool(engines.stages)]}"
         if reason is None:
             return folder, engines
         if engines.backend == backend or name is not None:
             reasons.append(f"{folder.name} was {reason}")
     reasons += [str(error) for _, error in unread]
+    kind = f" --per {per}" if per else ""
     target = f" --target sm{capability[0]}{capability[1]}" if capability else ""
     raise UnsupportedError(
         f"{bundle.path} has no engines for {backend} {version} on this device"
         + (f" ({'; '.join(reasons)})" if reasons else "")
-        + f"; build them: {build_command(bundle, backend)}{target}"
+        + f"; build them: {build_command(bundle, backend)}{target}{kind}"
     )
 
 
-def _preference(found: tuple[Path, EngineSet]) -> tuple[bool, bool]:
+def _preference(found: tuple[Path, EngineSet]) -> tuple[bool, bool, bool]:
     _, engines = found
-    return engines.targets == (PORTABLE,), engines.options.get("weights") == CONSTANTS
+    return (
+        bool(engines.stages),
+        engines.targets == (PORTABLE,),
+        engines.options.get("weights") == CONSTANTS,
+    )
 
 
 def lookalike(
-    bundle: Bundle, threads: int | None, *, graphs: str = "trajectory", engines: str | None = None
+    bundle: Bundle,
+    threads: int | None,
+    *,
+    graphs: str = "trajectory",
+    engines: str | None = None,
+    per: str | None = None,
 ) -> DeviceBackend:
     """The device runner over host memory: slow, strict, and needs no GPU."""
     from l2c_export.runtime.device import ort_engine
     from l2c_export.runtime.device.host import HostDevice
 
     device = HostDevice()
-    found = choose_engines(bundle, "ort", ort_engine.NETWORKS, None, engines)
+    found = choose_engines(bundle, "ort", ort_engine.NETWORKS, None, engines, per)
 
     def load(record: Record, plan: bytes) -> Engine:
         return ort_engine.HostEngine(record, plan, bundle.path, device, threads)
@@ -183,6 +213,7 @@ def ort_cuda(
     graphs: str = "call",
     device: int = 0,
     engines: str | None = None,
+    per: str | None = None,
 ) -> DeviceBackend:
     """ONNX Runtime on a GPU, which keeps a CUDA graph of every call by itself."""
     from l2c_export.runtime.device import ort_engine
@@ -194,7 +225,7 @@ def ort_cuda(
             "onnxruntime cannot be captured in a graph of a trajectory; use graphs='call'"
         )
     gpu = CudaDevice(device)
-    found = choose_engines(bundle, "ort", ort_engine.NETWORKS, None, engines)
+    found = choose_engines(bundle, "ort", ort_engine.NETWORKS, None, engines, per)
 
     def load(record: Record, plan: bytes) -> Engine:
         return ort_engine.CudaEngine(record, plan, bundle.path, device, graphs == "call")
@@ -211,9 +242,10 @@ def rtx(
     graphs: str = "trajectory",
     device: int = 0,
     engines: str | None = None,
+    per: str | None = None,
 ) -> DeviceBackend:
     """TensorRT-RTX."""
-    return _tensorrt("rtx", bundle, graphs, device, engines)
+    return _tensorrt("rtx", bundle, graphs, device, engines, per)
 
 
 def trt(
@@ -223,13 +255,14 @@ def trt(
     graphs: str = "trajectory",
     device: int = 0,
     engines: str | None = None,
+    per: str | None = None,
 ) -> DeviceBackend:
     """TensorRT."""
-    return _tensorrt("trt", bundle, graphs, device, engines)
+    return _tensorrt("trt", bundle, graphs, device, engines, per)
 
 
 def _tensorrt(
-    backend: str, bundle: Bundle, graphs: str, device: int, engines: str | None
+    backend: str, bundle: Bundle, graphs: str, device: int, engines: str | None, per: str | None
 ) -> DeviceBackend:
     from l2c_export.runtime.device.cuda import CudaDevice
     from l2c_export.runtime.device.tensorrt import TensorRT
@@ -237,7 +270,7 @@ def _tensorrt(
     check_graphs(graphs)
     library = TensorRT(backend)
     gpu = CudaDevice(device)
-    found = choose_engines(bundle, backend, library.version, gpu.capability, engines)
+    found = choose_engines(bundle, backend, library.version, gpu.capability, engines, per)
     capability = "sm{}{}".format(*(gpu.capability or (0, 0)))
     cache = found[0] / f"kernels-{capability}.cache"
     library.read_cache(cache)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from l2c_export.core.bundle import Value
 from l2c_export.core.engines import Engine as Record
 from l2c_export.errors import L2CError
 from l2c_export.runtime.device.protocols import ALIGNMENT, Context, KeepingContext
@@ -22,7 +21,8 @@ class Bound:
         Args:
             record: Of the engine.
             context: Of the engine.
-            weights: All of the runner's.
+            weights: All of the runner's; an input for weights that is none of them by its name is
+                bound at each run.
             sizes: Of the dimensions ``"batch"``, ``"rows"`` and ``"n"``.
 
         Raises:
@@ -30,35 +30,41 @@ class Bound:
         """
         self._record, self._context = record, context
         self._addresses: dict[str, int] = {}
+        fixed = [value.name for value in record.weights if value.name in weights]
+        self._changing = [
+            value.name
+            for value in (*record.inputs, *record.weights, *record.outputs)
+            if value.name not in fixed
+        ]
         for value in (*record.inputs, *record.weights):
-            shape = sized(value, sizes)
+            shape = value.sized(sizes)
             if not context.set_input_shape(value.name, shape):
                 raise L2CError(
                     f"the engine of {record.graph} does not take {value.name} of shape {shape}; "
                     "build the engines for this batch"
                 )
-        for value in record.weights:
-            self._set(value.name, weights[value.name])
+        for name in fixed:
+            self._set(name, weights[name])
 
     def enqueue(self, addresses: Mapping[str, int], stream: int, once: bool = False) -> None:
         """Run once on a stream.
 
         Args:
-            addresses: Name to address; must have every input and output that is no weight.
+            addresses: Name to address; must have every input and output that was not bound for ever.
             stream: Where to.
             once: Whether these addresses do not come again, so that no graph of them is of use.
 
         Raises:
             L2CError: An input has no address, or the engine refuses to run.
         """
-        for value in (*self._record.inputs, *self._record.outputs):
-            if value.name not in addresses:
+        for name in self._changing:
+            if name not in addresses:
                 raise L2CError(
-                    f"the engine of {self._record.graph} has the value {value.name!r}, which this "
+                    f"the engine of {self._record.graph} has the value {name!r}, which this "
                     "release knows nothing of; build the engines again or install a matching l2c-export"
                 )
-            if self._addresses.get(value.name) != addresses[value.name]:
-                self._set(value.name, addresses[value.name])
+            if self._addresses.get(name) != addresses[name]:
+                self._set(name, addresses[name])
         self.repeat(stream, once)
 
     def repeat(self, stream: int, once: bool = False) -> None:
@@ -80,8 +86,3 @@ class Bound:
         if not self._context.set_tensor_address(name, address):
             raise L2CError(f"the engine of {self._record.graph} does not take an address for {name!r}")
         self._addresses[name] = address
-
-
-def sized(value: Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A value's shape with numbers for its dimensions' names."""
-    return tuple(d if isinstance(d, int) else sizes[d] for d in value.shape)

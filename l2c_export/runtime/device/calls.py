@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from l2c_export.core.bundle import CONDITIONING, Manifest, ProgramCall
+from l2c_export.core.bundle import Manifest, ProgramCall
 from l2c_export.core.engines import UPDATE, EngineSet, update_coefficients, update_terms
+from l2c_export.core.sublayers import carried_values
 from l2c_export.runtime.backends import Array
 from l2c_export.runtime.device.bound import Bound
 from l2c_export.runtime.device.conditioning import ConditioningTable
@@ -63,6 +64,7 @@ class Calls:
         self._targets, self._sources = update_terms(manifest)
         self._table = ConditioningTable(manifest, shared.engines, batch)
         self._sizes = {"batch": batch, "rows": batch * manifest.rows, "n": self._table.n}
+        self._carried = self._carried_bytes()
         self._bound: dict[str, Bound] = {}
         self._program: tuple[ProgramCall, ...] = ()
         self._chunk: int | None = None
@@ -71,7 +73,7 @@ class Calls:
         with self._device.current(), contextlib.ExitStack() as undo:
             self._arena = Arena(self._device, f"a session of batch {batch}", self._buffers())
             undo.callback(self._arena.close)
-            graphs = (CONDITIONING, UPDATE, *manifest.step_graphs())
+            graphs = shared.engines.program(manifest)
             self._scratch = Arena(
                 self._device,
                 "the scratch memory of the engines",
@@ -102,10 +104,20 @@ class Calls:
             "output": self._latent_bytes,
             **dict.fromkeys(banks, self._latent_bytes),
             **dict.fromkeys(slots, self._slot_bytes),
+            **self._carried,
             "guidance_scale": 4,
             "coefficients": calls * padded(row),
             **({"noise": noise} if noise else {}),
             **self._table.sizes,
+        }
+
+    def _carried_bytes(self) -> dict[str, int]:
+        """Buffer for what stages of a call hand on to its bytes."""
+        engines = self._shared.engines
+        passed = {engine.graph: (*engine.inputs, *engine.outputs) for engine in engines.engines}
+        return {
+            name: math.prod(value.sized(self._sizes)) * item_bytes(value.dtype)
+            for name, value in carried_values(passed, engines.stages).items()
         }
 
     def _coefficients(self) -> Floats:
@@ -144,7 +156,7 @@ class Calls:
         old, new = index % 2, (index + 1) % 2
         slots = {slot: arena[f"slot.{b}"] for slot, b in (call.reads | call.writes).items()}
         inputs = self._call_inputs(index)
-        self._engine(call.graph, inputs | slots | {"x": arena[f"x.{old}"], "output": arena["output"]})
+        self._network(call, inputs | slots | {"x": arena[f"x.{old}"], "output": arena["output"]})
         update = {name: arena[f"{name}.{old}"] for name in self._targets}
         update |= {f"{name}.next": arena[f"{name}.{new}"] for name in self._targets}
         update |= {"output": arena["output"], "coefficients": self._row("coefficients", index)}
@@ -155,9 +167,26 @@ class Calls:
     def _call_inputs(self, index: int) -> dict[str, int]:
         """What a call reads beside the latent and slots."""
         return {
-            CONDITIONING: self._table.address(self._arena, index),
+            **self._table.addresses(self._arena, index),
             "guidance_scale": self._arena["guidance_scale"],
         }
+
+    def _network(self, call: ProgramCall, addresses: dict[str, int]) -> None:
+        """Enqueue what a call computes: an engine, or one for each stage."""
+        stages = self._shared.engines.stages
+        if not stages:
+            self._engine(call.graph, addresses)
+            return
+        names, weights = self._manifest.slots.names, self._shared.weights
+        own = {name: self._arena[f"slot.{i}"] for i, name in enumerate(names)}
+        own |= {name: self._arena[name] for name in self._carried} | addresses
+        for stage in stages:
+            if (piece := stage.piece(stage.slot in call.reads)) is not None:
+                values = {
+                    ours: own[theirs] if theirs in own else weights[theirs]
+                    for ours, theirs in piece.values.items()
+                }
+                self._engine(piece.engine, values)
 
     def _row(self, table: str, index: int) -> int:
         """Address of a call's row in a table."""

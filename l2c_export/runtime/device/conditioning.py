@@ -33,16 +33,18 @@ class ConditioningTable:
     Attributes:
         calls: Calls of a chunk.
         n: Rows of the conditioning engine's run: the same for every chunk.
-        dtype: Of the conditioning.
         sizes: Buffers that it needs, by name.
     """
 
     def __init__(self, manifest: Manifest, engines: EngineSet, batch: int) -> None:
-        (value,) = engines.engine(CONDITIONING).outputs
-        self.dtype = value.dtype
+        outputs = engines.engine(CONDITIONING).outputs
         self._rows = batch * manifest.rows
-        self._bytes = self._rows * math.prod(map(int, value.shape[1:])) * item_bytes(value.dtype)
-        self._stride = padded(self._bytes)
+        self._bytes = {
+            value.name: self._rows * math.prod(map(int, value.shape[1:])) * item_bytes(value.dtype)
+            for value in outputs
+        }
+        self._stride = {name: padded(size) for name, size in self._bytes.items()}
+        self._unaligned = [name for name, size in self._bytes.items() if size != self._stride[name]]
         self._timesteps = np.array([call.timestep for call in manifest.calls], np.float32)
         self._null = manifest.guidance.null_label if manifest.guidance else None
         self.calls = self._chunk(engines)
@@ -51,14 +53,13 @@ class ConditioningTable:
         self.sizes = {
             "labels": 8 * self.n,
             "timesteps": self._chunks * padded(4 * self.n),
-            "conditioning": self.calls * self._stride,
+            **{name: self.calls * stride for name, stride in self._stride.items()},
+            **{f"{name}.packed": self.calls * self._bytes[name] for name in self._unaligned},
         }
-        if self._stride != self._bytes:
-            self.sizes["conditioning.packed"] = self.calls * self._bytes
 
     def _chunk(self, engines: EngineSet) -> int:
         """How many calls at once: as many as the table may hold and the engine takes."""
-        calls = min(len(self._timesteps), max(1, _TABLE_BYTES // self._stride))
+        calls = min(len(self._timesteps), max(1, _TABLE_BYTES // sum(self._stride.values())))
         low, _, high = engines.ranges.get("n", (1, 0, calls * self._rows))
         calls = min(calls, high // self._rows)
         if calls < 1 or calls * self._rows < low:
@@ -86,26 +87,23 @@ class ConditioningTable:
 
     def fill(self, arena: Arena, chunk: int, enqueue: Enqueue, copy: Copy) -> None:
         """Enqueue the computation of a chunk."""
-        packed = "conditioning.packed" in self.sizes
-        enqueue(
-            CONDITIONING,
-            {
-                "timestep": self._timesteps_at(arena, chunk),
-                "label": arena["labels"],
-                CONDITIONING: arena["conditioning.packed" if packed else "conditioning"],
-            },
-        )
-        for i in range(self.calls if packed else 0):
-            source = arena["conditioning.packed"] + i * self._bytes
-            copy(arena["conditioning"] + i * self._stride, source, self._bytes)
+        inputs = {"timestep": self._timesteps_at(arena, chunk), "label": arena["labels"]}
+        outputs = {name: arena[name] for name in self._stride}
+        packed = {name: arena[f"{name}.packed"] for name in self._unaligned}
+        enqueue(CONDITIONING, inputs | outputs | packed)
+        for name, source in packed.items():
+            size, stride = self._bytes[name], self._stride[name]
+            for i in range(self.calls):
+                copy(arena[name] + i * stride, source + i * size, size)
 
     def chunk_of(self, call: int) -> int:
         """The chunk that a call is in."""
         return call // self.calls
 
-    def address(self, arena: Arena, call: int) -> int:
-        """Of a call's (rows, K), while its chunk is in the table."""
-        return arena["conditioning"] + call % self.calls * self._stride
+    def addresses(self, arena: Arena, call: int) -> dict[str, int]:
+        """Output of the conditioning engine to a call's rows of it, while its chunk is in the table."""
+        row = call % self.calls
+        return {name: arena[name] + row * stride for name, stride in self._stride.items()}
 
     def _timesteps_at(self, arena: Arena, chunk: int) -> int:
         return arena["timesteps"] + chunk * padded(4 * self.n)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
+from l2c_export.core.bundle import multiple
 from l2c_export.core.engines import Engine as Record
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.runtime.device.host import HostDevice, Work
@@ -114,7 +115,10 @@ class _Bound:
         if value is None or len(shape) != len(value.shape):
             return False
         for size, wanted in zip(shape, value.shape, strict=True):
-            if size != (self._sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted):
+            if isinstance(wanted, str):
+                dimension, times = multiple(wanted)
+                wanted = times * self._sizes.setdefault(dimension, size // times)
+            if size != wanted:
                 return False
         self.shapes[name] = tuple(shape)
         return True
@@ -144,8 +148,7 @@ class _Bound:
         """Of an input or output, with the sizes that inputs have."""
         if name in self.shapes:
             return self.shapes[name]
-        shape = self._outputs[name].shape
-        return tuple(d if isinstance(d, int) else self._sizes[d] for d in shape)
+        return self._outputs[name].sized(self._sizes)
 
     def binding(self) -> ort.IOBinding:
         """The addresses as ONNX Runtime wants them."""

@@ -241,7 +241,7 @@ class DeviceSession(GraphedCalls):
                 self._condition(index)
                 fixed = self._call_inputs(index)
                 self._once = True
-                self._engine(call.graph, fixed | {name: probe[name] for name in sizes})
+                self._network(call, fixed | {name: probe[name] for name in sizes})
                 for name, array in results.items():
                     self._device.download(array, probe[name], self.stream)
                 self._device.synchronize(self.stream)

@@ -67,6 +67,7 @@ class DeviceWeights:
         for value in wanted:
             chosen[value.name] = _checked(path, stored, value)
         sizes = {name: tensor.end - tensor.begin for name, tensor in chosen.items()}
+        self._device = device
         self._arena = Arena(device, "the weights", sizes)
         self.size = self._arena.size
         try:
@@ -75,13 +76,19 @@ class DeviceWeights:
             self._arena.close()
             raise
 
+    def __contains__(self, name: object) -> bool:
+        """Whether a parameter is there."""
+        return name in self._arena.sizes
+
     def __getitem__(self, name: str) -> int:
         """Address of a parameter."""
         return self._arena[name]
 
-    def close(self) -> None:
-        """Give the memory back."""
-        self._arena.close()
+    def __del__(self) -> None:
+        """Give the memory back, when nobody runs engines on it any more."""
+        if hasattr(self, "_arena"):
+            with self._device.current():
+                self._arena.close()
 
 
 def _upload(device: Device, path: Path, arena: Arena, chosen: dict[str, _Stored]) -> None:
