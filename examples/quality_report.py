@@ -1,8 +1,9 @@
-"""The quality table as text, its comparison at equal cost, and its plot."""
+"""The quality table as text, its comparisons at equal cost and of precisions, and its plot."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,23 @@ class Row:
     accuracy: tuple[float, ...]
     drift: tuple[float, ...]
 
+    @property
+    def name(self) -> str:
+        """Of the row."""
+        return f"{self.family} {self.method} {self.setting}"
+
     def to_json(self) -> dict[str, Any]:
         """For the results file."""
         return asdict(self)
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """The rows of a results file, by name."""
+    rows = [
+        Row(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+        for row in json.loads(path.read_text(encoding="utf-8"))
+    ]
+    return {row.name: row for row in rows}
 
 
 def against_fewer_steps(
@@ -101,6 +116,34 @@ def table(rows: Sequence[Row]) -> str:
             "" if gap is None else f"{gap[0]:+.3f} ± {gap[1]:.3f}",
             f"{np.mean(row.accuracy):.2%}",
             f"{np.mean(row.drift):.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def against_table(rows: Sequence[Row], others: Mapping[str, Row], precision: str) -> str:
+    """The rows beside those of float32 from the same noise, as Markdown.
+
+    Args:
+        rows: In ``precision``.
+        others: Of float32, by name, of as many samples and seeds.
+        precision: Of the rows.
+    """
+    lines = [
+        f"| model | method | Fréchet distance, float32 | {precision} | difference | within ± | "
+        f"class, float32 | {precision} |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        base = others[row.name]
+        gaps = np.subtract(row.distance, base.distance)
+        cells = [
+            row.family,
+            f"{row.method} {row.setting}",
+            *(f"{np.mean(each.distance):.3f} ± {spread(each.distance):.3f}" for each in (base, row)),
+            f"{np.mean(gaps):+.3f} ± {spread(gaps):.3f}",
+            "yes" if abs(np.mean(gaps)) <= spread(base.distance) else "no",
+            *(f"{np.mean(each.accuracy):.2%}" for each in (base, row)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

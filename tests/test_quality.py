@@ -19,7 +19,7 @@ from l2c_export.train.recipe import Recipe
 pytest.importorskip("PIL")
 import judge as judging
 import quality
-from quality_report import Row, against_fewer_steps, draw, table
+from quality_report import Row, against_fewer_steps, against_table, draw, read_rows, table
 from train_demo import DIT
 
 CONFIG = replace(DIT, depth=2, hidden_size=16, num_heads=2, patch_size=12)
@@ -57,7 +57,14 @@ def family(tmp_path):
 
 def test_a_table_is_measured_kept_and_drawn(family, judge, tmp_path, monkeypatch):
     options = argparse.Namespace(
-        seeds=2, samples=20, batch=10, scale=1.0, precision="float32", repeats=1, work=tmp_path / "work"
+        seeds=2,
+        samples=20,
+        batch=10,
+        scale=1.0,
+        precision="float32",
+        repeats=1,
+        work=tmp_path / "work",
+        against=None,
     )
     rows = quality.measure(family, options, judge)
     assert [row.method for row in rows] == ["uncached", "uncached", "L2C", "random", "FORA"]
@@ -184,6 +191,44 @@ def test_the_gap_at_equal_cost_is_taken_seed_by_seed():
         mean, deviation = against_fewer_steps(learned, [*rows, other, learned], cost)
         assert mean == pytest.approx(gaps.mean())
         assert deviation == pytest.approx(gaps.std(ddof=1))
+
+
+def test_another_precision_is_compared_seed_by_seed(tmp_path):
+    (tmp_path / "results.json").write_text(
+        json.dumps([row("uncached", 1.0, 1.0, 2.0).to_json(), row("L2C", 0.7, 3.0, 3.0).to_json()])
+    )
+    base = read_rows(tmp_path / "results.json")
+    assert base["dit L2C "] == row("L2C", 0.7, 3.0, 3.0)
+    rows = [row("uncached", 1.0, 1.1, 2.3), row("L2C", 0.7, 3.0, 3.1)]
+    _, _, *lines = against_table(rows, base, "int8").splitlines()
+    assert "| 1.500 ± 0.707 | 1.700 ± 0.849 | +0.200 ± 0.141 | yes |" in lines[0]
+    assert "| 3.000 ± 0.000 | 3.050 ± 0.071 | +0.050 ± 0.071 | no |" in lines[1]
+
+
+def test_the_command_compares_a_precision_and_measures_no_time(
+    family, judge, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(quality, "FAMILIES", {"dit": family})
+    monkeypatch.setattr(quality.judge.Judge, "load", lambda folder: judge)
+    monkeypatch.setattr(quality, "draw", lambda *_: None)
+    options = ["--samples", "20", "--seeds", "2", "--batch", "10", "--scale", "1", "--repeats", "1"]
+    options += ["--work", str(tmp_path / "work")]
+    results = tmp_path / "work" / "results.json"
+    for more in ([], ["--precision", "int8", "--against", str(results)]):
+        monkeypatch.setattr("sys.argv", ["quality.py", *options, *more])
+        quality.main()
+    printed = capsys.readouterr().out
+    ours, theirs = read_rows(tmp_path / "work" / "results-int8.json"), read_rows(results)
+    assert [row.method for row in ours.values()] == ["uncached", "uncached", "L2C"]
+    for name, mine in ours.items():
+        assert mine.seconds == () != theirs[name].seconds
+        assert 0 < abs(np.subtract(mine.distance, theirs[name].distance)).max() < 1
+    assert "| model | method | Fréchet distance, float32 | int8 |" in printed
+
+    monkeypatch.setattr("sys.argv", ["quality.py", *options, "--precision", "int8"])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert "give it --against results.json" in capsys.readouterr().err
 
 
 def test_no_gap_is_told_outside_the_curve():
