@@ -20,7 +20,8 @@ from l2c_export.core.sampler_call import is_stochastic
 from l2c_export.core.samplers import SAMPLERS, sampler_table
 from l2c_export.errors import L2CError, VerificationError
 from l2c_export.evidence.compare import CallErrors, relative_error
-from l2c_export.evidence.verify import Settings, report_json, report_table, verify
+from l2c_export.evidence.verify import Settings, verify
+from l2c_export.evidence.verify_report import report_json, report_table
 from l2c_export.runtime import Runner
 
 SLOTS = ("00.attn", "00.mlp", "01.attn", "01.mlp")

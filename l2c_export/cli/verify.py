@@ -17,7 +17,8 @@ from l2c_export.cli.options import (
 from l2c_export.cli.profile_option import profile_option
 from l2c_export.cli.progress import show_progress
 from l2c_export.evidence.schedule_file import load_runner
-from l2c_export.evidence.verify import Settings, report_json, report_table, verify
+from l2c_export.evidence.verify import Settings, verify
+from l2c_export.evidence.verify_report import report_json, report_table
 from l2c_export.runtime.backends import BACKENDS
 
 
@@ -32,7 +33,7 @@ from l2c_export.runtime.backends import BACKENDS
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, min_open=True),
-    help="Largest max|a-b|/max|b|. Default: 1e-4 for float32.",
+    help="Largest error of any kind. Default: the precision's own, 1e-4 for float32.",
 )
 @click.option("--calls", type=click.IntRange(1), help="Compare only the first so many calls.")
 @click.option(
@@ -66,7 +67,7 @@ def command(
     """
     runner = load_runner(bundle, backend, threads, engines, schedule)
     with show_progress() as progress:
-        result = verify(runner, Settings(**settings), progress)  # type: ignore[arg-type]
+        result = verify(runner, Settings(**settings), progress, threads=threads)  # type: ignore[arg-type]
     data = report_json(result, runner)
     click.echo(json.dumps(data, ensure_ascii=False) if as_json else report_table(result))
     write_report(report, bundle / "reports" / "verify.json", data)

@@ -37,11 +37,17 @@ class Tolerance:
         slots: Of a slot, from the reference's own inputs.
         output: Of a call's guided output, from the reference's own inputs.
         latent: Of what free running makes, to which the errors of all calls before add up.
+        rms: Errors are root mean squares instead of the worst value's.
     """
 
     slots: float
     output: float
     latent: float
+    rms: bool = False
+
+    def error(self, value: Array, reference: Array) -> float:
+        """What is held against it: :func:`relative_error`."""
+        return relative_error(value, reference, self.rms)
 
 
 @dataclass(frozen=True)
@@ -111,11 +117,15 @@ def rank(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def relative_error(value: Array, reference: Array) -> float:
-    """max|value - reference| / max|reference|; NaN where either has a value that is not finite."""
+def relative_error(value: Array, reference: Array, rms: bool = False) -> float:
+    """max|value - reference| / max|reference|; NaN where either has a value that is not finite.
+
+    With ``rms`` the root mean square of the difference takes the place of its largest value.
+    """
     if not (np.isfinite(value).all() and np.isfinite(reference).all()):
         return math.nan
-    difference = float(np.abs(value.astype(np.float64) - reference).max())
+    apart = np.abs(value.astype(np.float64) - reference)
+    difference = float(np.sqrt(np.square(apart).mean()) if rms else apart.max())
     scale = float(np.abs(reference).max())
     return difference / scale if scale else (math.inf if difference else 0.0)
 
@@ -132,6 +142,7 @@ class Comparison:
         noise: (B, C, H, W) float32.
         scale: Guidance scale.
         calls: How many calls to compare.
+        tolerance: Says how errors are measured, and which are too large.
         branches: Takes (B, C, H, W) x and a timestep; gives every slot of the bundle's full graph.
         call_noise: (calls, B, C, H, W) float32 that the calls draw; None where they draw none.
     """
@@ -143,11 +154,13 @@ class Comparison:
     noise: Array
     scale: float
     calls: int
+    tolerance: Tolerance
     branches: Callable[[Array, float], Mapping[str, Array]]
     call_noise: Array | None = None
 
-    def cached(self, tolerance: Tolerance) -> Iterator[tuple[CallErrors, Array]]:
+    def cached(self) -> Iterator[tuple[CallErrors, Array]]:
         """Yield each call's errors and the bundle's (B, C, H, W) latent after it."""
+        tolerance = self.tolerance
         self._start(cached=True)
         sound = True
         program = list(self.manifest.calls[: self.calls])
@@ -156,9 +169,9 @@ class Comparison:
             bad_slot = not all(error <= tolerance.slots for error in slots.values())
             blamed = ""
             if sound and not output <= tolerance.output and not bad_slot:
-                blamed = self._blame(i, call, record, tolerance.output)
+                blamed = self._blame(i, call, record)
             latent = self.session.step().x.copy()
-            free = relative_error(latent, record.x_next.numpy())
+            free = tolerance.error(latent, record.x_next.numpy())
             errors = CallErrors(i, call.timestep, call.graph, output, slots, free, blamed)
             sound = sound and errors.fault(tolerance) is None
             yield errors, latent
@@ -171,8 +184,8 @@ class Comparison:
         program = program[: self.calls]
         for i, (call, record) in enumerate(zip(program, self._records(program), strict=True)):
             result = self.session.step()
-            output = relative_error(result.output, record.output.numpy())
-            free = relative_error(result.x, record.x_next.numpy())
+            output = self.tolerance.error(result.output, record.output.numpy())
+            free = self.tolerance.error(result.x, record.x_next.numpy())
             errors = CallErrors(i, call.timestep, graph, output, {}, free, forced=False)
             yield errors, result.x.copy()
 
@@ -208,8 +221,8 @@ class Comparison:
             return math.nan, dict.fromkeys(order, math.nan)
         reads = {name: wanted[name] for name in call.reads}
         output, writes = self.session.run_call(i, record.x.numpy(), reads)
-        slots = {name: relative_error(writes[name], wanted[name]) for name in order}
-        return relative_error(output, record.output.numpy()), slots
+        slots = {name: self.tolerance.error(writes[name], wanted[name]) for name in order}
+        return self.tolerance.error(output, record.output.numpy()), slots
 
     def _stored(self, value: Tensor) -> Array:
         """A branch output of the reference in the bundle's own dtype; bfloat16 in float32."""
@@ -217,7 +230,7 @@ class Comparison:
             return value.bfloat16().float().numpy()
         return value.numpy().astype(self.manifest.slots.dtype, copy=False)
 
-    def _blame(self, i: int, call: ProgramCall, record: Record, tolerance: float) -> str:
+    def _blame(self, i: int, call: ProgramCall, record: Record) -> str:
         """The slot that a call reads wrongly: it sees one at a time, and zeros for the others.
 
         Where the output is not finite: the first slot of the full graph that is not.
@@ -228,6 +241,7 @@ class Comparison:
             values = self.branches(record.x.numpy(), call.timestep)
             bad = (n for n, value in values.items() if not np.isfinite(value).all())
             return next(bad, "")
+        tolerance = self.tolerance.output
         zeros = {name: torch.zeros_like(record.branches[name]) for name in call.reads}
         if not self._probe(i, record, zeros) <= tolerance:
             return ""  # what the call computes is wrong, whatever it reads
@@ -249,4 +263,4 @@ class Comparison:
         wanted, _ = self.reference.call(record.x, timestep, labels, self.scale, reads)
         arrays = {name: self._stored(value) for name, value in reads.items()}
         got, _ = self.session.run_call(i, record.x.numpy(), arrays)
-        return relative_error(got, wanted.numpy())
+        return self.tolerance.error(got, wanted.numpy())

@@ -17,7 +17,8 @@ from l2c_export.core.models import read_model_config
 from l2c_export.core.plan_report import plan_table
 from l2c_export.evidence.bench import bench
 from l2c_export.evidence.images import check_pillow, image_grid
-from l2c_export.evidence.verify import Settings, report_json, report_table, verify
+from l2c_export.evidence.verify import Settings, verify
+from l2c_export.evidence.verify_report import report_json, report_table
 from l2c_export.runtime import Runner
 
 ASSETS = Path(__file__).resolve().parents[1] / "demo_assets"
