@@ -41,6 +41,7 @@ class _Unrounded:
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
         self.version = "onnxruntime, activations unrounded"
+        self.manifest = bundle.manifest
         self._bundle = bundle
         self._threads = threads
 
