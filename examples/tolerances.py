@@ -84,7 +84,7 @@ class Line:
     @property
     def sound(self) -> bool:
         """Whether the tolerance is neither tight nor loose; one for any model may be loose."""
-        borrowed = self.precision == "float32" or "unrounded" in self.precision
+        borrowed = self.precision.startswith("float32") or "unrounded" in self.precision
         loosest = float("inf") if borrowed else MARGIN[1]
         return MARGIN[0] <= self.margin <= loosest
 

@@ -43,6 +43,7 @@ def test_the_worst_of_all_models_is_held_against_the_tolerance():
         ("int8", 0.07, False),
         ("int8", 0.001, False),
         ("float32", 0.001, True),
+        ("float32, checkpoint", 0.001, True),
         ("int8, unrounded", 0.001, True),
         ("int8, unrounded", 0.07, False),
     ],
