@@ -62,5 +62,6 @@ def test_the_smallest_model_is_measured_beside_all_it_is_compared_with(tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_every_tolerance_fits_what_it_is_for(precision, tmp_path):
-    lines = compare(list(measure(make_models(tmp_path), precision, 1, tmp_path)))
+    small = make_models(tmp_path)[:3]  # exporting 28 blocks takes minutes; the example does that
+    lines = compare(list(measure(small, precision, 1, tmp_path)))
     assert all(line.margin >= tolerances.MARGIN[0] for line in lines), table(lines)
