@@ -230,7 +230,10 @@ def test_the_commands_in_turn(tiny_bundle, tiny_files, tmp_path):
     facts = json.loads(
         invoke("calibrate", tiny_bundle.path, "-o", path, "--samples", 2, "--json").splitlines()[-1]
     )
-    assert facts["layers"].keys() == read_calibration(path).layers.keys()
+    source = read_calibration(path).source
+    assert facts == {"calibration": str(path), "layers": 8, **source}
+    printed = invoke("calibrate", tiny_bundle.path, "-o", path, "--samples", 1)
+    assert "8 layers, 1 trajectory of 6 calls" in printed
 
 
 def test_a_profile_may_name_the_calibration(tiny_files, tiny_calibration, tmp_path):
@@ -242,11 +245,30 @@ def test_a_profile_may_name_the_calibration(tiny_files, tiny_calibration, tmp_pa
     assert read_bundle(tmp_path / "b").manifest.precision == "int8-static"
 
 
-def test_a_plan_needs_no_calibration(tiny_files, tmp_path):
-    build(tiny_files, "--precision", "int8-static", "--dry-run")
-    error = build(tiny_files, "--precision", "int8-static", "-o", tmp_path / "b", code=1)
-    assert "needs --calibration FILE" in error
+def test_a_plan_needs_no_calibration_but_a_build_does_even_a_dry_one(
+    tiny_files, tiny_calibration, tmp_path
+):
+    model = ("--model-config", tiny_files / "model.json", "--router", tiny_files / "router.safetensors")
+    invoke("plan", *model, "--precision", "int8-static")
+    static = ("--precision", "int8-static", "-o", tmp_path / "b")
+    for dry in ((), ("--dry-run",)):
+        assert "needs --calibration FILE" in build(tiny_files, *static, *dry, code=1)
+    write_calibration(tmp_path / "c.json", tiny_calibration)
+    build(tiny_files, *static, "--calibration", tmp_path / "c.json", "--dry-run")
     assert not (tmp_path / "b").exists()
+
+
+def test_a_calibration_of_another_sampler_is_taken_with_a_warning(
+    tiny_files, tiny_calibration, tmp_path
+):
+    path = tmp_path / "c.json"
+    said = f"warning: calibration {path} was made with sampler ddpm, and this build is for ddim"
+    model = ("--model-config", tiny_files / "model.json", "--uncached", "--steps", 2)
+    model += ("--random-weights", tiny.SEED, "--precision", "int8-static", "--calibration", path)
+    for sampler, warned in (("ddpm", True), ("ddim", False)):
+        write_calibration(path, replace(tiny_calibration, sampler=sampler))
+        printed = invoke("build", *model, "-o", tmp_path / sampler)
+        assert (said in printed) == warned
 
 
 @pytest.mark.parametrize(

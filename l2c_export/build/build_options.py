@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from l2c_export.errors import L2CError
 if TYPE_CHECKING:
     from l2c_export.build.build import Request
     from l2c_export.build.checkpoint import Checkpoint
+
+_log = logging.getLogger(__name__)
 
 
 def weights_from_options(
@@ -48,6 +51,8 @@ def request_from_options(
 ) -> Request:
     """What to build of a plan that was made from the same options.
 
+    A calibration of another sampler's trajectories is taken with a warning.
+
     Raises:
         L2CError: The options' calibration is not of these weights.
     """
@@ -58,6 +63,14 @@ def request_from_options(
     calibration = calibration_from_options(options)
     if calibration is not None:
         check_calibration(calibration, f"calibration {options.calibration}", weights)
+        if calibration.sampler != options.sampler_name:
+            _log.warning(
+                "calibration %s was made with sampler %s, and this build is for %s: ranges of its "
+                "trajectories may not fit; calibrate a bundle of this sampler to be sure",
+                options.calibration,
+                calibration.sampler,
+                options.sampler_name,
+            )
     return Request(plan, weights, options.batch, guidance_scale, options.model, calibration=calibration)
 
 

@@ -45,6 +45,8 @@ def weights_digest(config: ModelConfig, read: Callable[[str], Tensor]) -> str:
 def check_calibration(calibration: Calibration, where: str, weights: Checkpoint) -> None:
     """See that a calibration is of a model and its weights; ``where`` begins the messages.
 
+    Weights that differ in the blocks' linear layers alone are not told apart.
+
     Raises:
         L2CError: It is of others, or its layers are not the model's.
     """

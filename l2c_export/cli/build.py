@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from l2c_export.build.build_options import (
+    calibration_from_options,
     default_folder,
     request_from_options,
     weights_from_options,
@@ -79,6 +80,7 @@ def command(
     plan = plan_from_options(options)
     foreseen = _forecast(engines(backend), plan, options) if backend in ENGINE_BACKENDS else None
     if dry_run:
+        calibration_from_options(options)  # refuses what the build would
         _show_plan(plan, options, foreseen, as_json)
         return
     start = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -34,16 +33,17 @@ def command(bundle: Path, output: Path, samples: int, seed: int, as_json: bool) 
         made = calibrate(read_bundle(bundle), samples, seed, progress)
     write_calibration(output, made)
     if as_json:
-        click.echo(json.dumps({"calibration": str(output), **asdict(made)}))
+        click.echo(json.dumps({"calibration": str(output), "layers": len(made.layers), **made.source}))
     else:
         click.echo(_summary(output, made))
 
 
 def _summary(output: Path, made: Calibration) -> str:
-    layers = made.layers
+    layers, many = made.layers, made.samples > 1
     widest = max(layers, key=lambda name: max(layers[name]))
     return (
-        f"{output}: {len(layers)} layers, {made.samples} trajectories of {made.calls} calls; "
+        f"{output}: {len(layers)} layers, {made.samples} "
+        f"trajector{'ies' if many else 'y'} of {made.calls} calls; "
         f"the largest input is {max(layers[widest]):g}, of {widest}\n"
         f"next: l2c-export build --precision int8-static --calibration {output} …"
     )

@@ -26,8 +26,9 @@ class Calibration:
 
     Attributes:
         model: The model's configuration.
-        weights: Digest of the parameters that every precision stores in float32; see
-            :func:`l2c_export.build.calibration.weights_digest`.
+        weights: Digest of the parameters that every precision stores in float32: it tells of other
+            embedders or another final layer, but not of other blocks alone, as after merging a LoRA;
+            see :func:`l2c_export.build.calibration.weights_digest`.
         sampler: Name of the sampler.
         calls: Of a trajectory.
         samples: Trajectories.
