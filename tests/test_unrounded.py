@@ -53,9 +53,12 @@ def test_without_rounding_a_bundle_is_as_near_as_float32(int8_bundle):
     assert [len(call.slots) for call in report.unrounded.cached] == [
         len(call.slots) for call in report.cached
     ]
-    *_, line, verdict = report_table(report).splitlines()
-    assert line.startswith("without rounding activations: worst error")
+    *_, what, line, verdict = report_table(report).splitlines()
+    assert what.startswith("the bundle's own graphs and schedule on the CPU, without rounding")
+    limits = "allowed: slots 1.0e-04, outputs 1.0e-04, latents 1.0e-04"
+    assert line == f"        worst error {report.unrounded.worst:.1e}; {limits}"
     assert verdict.startswith("PASSED")
+    assert limits not in verdict
     assert report_json(report, Runner.load(int8_bundle.path))["unrounded"] == report.unrounded.worst
 
 

@@ -33,7 +33,8 @@ from l2c_export.runtime.backends import BACKENDS
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, min_open=True),
-    help="Largest error of any kind. Default: the precision's own, 1e-4 for float32.",
+    help="Largest error of any kind. Default: the precision's own, 1e-4 for float32. int8's run "
+    "without rounding keeps its own.",
 )
 @click.option("--calls", type=click.IntRange(1), help="Compare only the first so many calls.")
 @click.option(

@@ -1,11 +1,13 @@
 """A bundle against the eager reference with the same schedule: what to compare, and the verdict.
 
-The schedule is the bundle's own, the manifest's reads: a bundle of another router passes. Timesteps and
-updates are computed anew from the sampler's name; the weights are the bundle's or a checkpoint's.
+The schedule is what the runner follows: the manifest's reads, whatever router they came of, or what
+``Runner.with_schedule`` was given. Timesteps and updates are computed anew from the sampler's name; the
+weights are the bundle's or a checkpoint's.
 
 An error is max|a - b| / max|b|, b the reference; NaN and Inf fail. Where a bundle quantises
-activations, the root mean square of a - b takes the place of its largest value, and the graphs run once
-more without rounding: :mod:`l2c_export.evidence.unrounded`.
+activations, the root mean square of a - b takes the place of its largest value, and the bundle's own
+graphs run once more without rounding, on the CPU and by the bundle's own schedule, whatever the runner
+has: :mod:`l2c_export.evidence.unrounded`.
 """
 
 from __future__ import annotations
@@ -92,11 +94,12 @@ class Report:
 
     Attributes:
         tolerance: The largest errors allowed.
-        inputs: What was compared: labels, seed, guidance scale, source of the weights.
+        inputs: What was compared: labels, seed, guidance scale, schedule, source of the weights.
         cached: One entry a call of the program.
         uncached: The same for the graph that computes everything.
         delta: For each call, how far caching moves the bundle's latent. It is not an error.
-        unrounded: Where activations are quantised: the same without that, beside the bundle's weights.
+        unrounded: Where activations are quantised: the same without that, of the bundle's step graphs
+            and schedule, beside the bundle's weights.
     """
 
     tolerance: Tolerance
@@ -180,6 +183,7 @@ def _compare(runner: Runner, settings: Settings, tolerance: Tolerance, progress:
         "seed": settings.seed,
         "guidance_scale": scale if manifest.guidance else None,
         "calls": count,
+        "schedule": manifest.schedule,
         "reference_weights": str(settings.checkpoint or "the bundle's"),
     }
     report = Report(tolerance, inputs)
