@@ -287,6 +287,8 @@ def test_a_schedule_that_does_not_fit_is_refused(dit):
         runner.with_schedule(good[:, :3])
     with pytest.raises(L2CError, match=r"is float64 \(6, 4\)"):
         runner.with_schedule(good * 1.0)
+    with pytest.raises(L2CError, match=r"the schedule makes no bool array of \(6, 4\): "):
+        runner.with_schedule([[True, False], [True]])
     with pytest.raises(L2CError, match=r"reuses slot 00.mlp in the first call, before it was computed"):
         runner.with_schedule(np.array([[False, True, False, False], *good[1:]]))
 
@@ -346,9 +348,17 @@ def test_verify_and_run_follow_a_schedule_from_a_file(dit, bundles, schedule, tm
     found = json.loads(report.read_text())
     assert found["passed"]
     assert 0 < found["worst"] < 1e-5
+    assert found["inputs"]["schedule"]["kind"] == "given at run time"
     invoke("run", dit.path, *device, "--labels", "3,7", "--seed", 0, "-o", latents)
     planned = load(bundles["dit"][1], "graph").sample([3, 7], seed=0)
     assert np.array_equal(np.load(latents), planned)
+
+
+def test_a_schedule_and_a_run_that_follows_none_are_refused(dit, schedule, tmp_path):
+    run = ("run", dit.path, "-o", tmp_path / "out.npy", "--backend", "lookalike")
+    said = invoke(*run, "--schedule", schedule, "--uncached", code=2)
+    assert "--uncached computes everything in every call, and takes no --schedule" in said
+    assert not (tmp_path / "out.npy").exists()
 
 
 def test_a_schedule_file_that_is_none_is_one_line(dit, tmp_path, schedule):

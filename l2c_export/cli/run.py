@@ -41,6 +41,8 @@ from l2c_export.runtime.backends import BACKENDS
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as one line of JSON.")
 def command(bundle: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Sample latents or images from BUNDLE."""
+    if options["schedule"] and not options["cached"]:
+        raise click.UsageError("--uncached computes everything in every call, and takes no --schedule")
     manifest = read_bundle(bundle).manifest
     if options["noise"] and options["seed"] is not None and not manifest.stochastic:
         raise click.UsageError("--noise and --seed: the seed is only for making noise")

@@ -119,8 +119,11 @@ def scheduled(manifest: Manifest, reuse: Any = None) -> Manifest:
     if reuse is None:
         table = np.array([[name in call.reads for name in names] for call in manifest.calls])
     else:
-        table = np.asarray(reuse)
         wanted = (len(manifest.calls), len(names))
+        try:
+            table = np.asarray(reuse)
+        except (TypeError, ValueError) as error:  # rows of several lengths, or a tensor on a device
+            raise L2CError(f"the schedule makes no bool array of {wanted}: {error}") from None
         if table.shape != wanted or table.dtype != np.bool_:
             raise L2CError(
                 f"the schedule is {table.dtype} {table.shape}; this bundle needs bool {wanted}: "
