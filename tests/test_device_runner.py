@@ -243,6 +243,15 @@ def test_all_contexts_of_a_session_have_one_scratch_memory(runner):
     assert runs[0].writes[-1][1] == 4096
 
 
+def test_scratch_that_grows_is_counted(runner, monkeypatch):
+    session = runner.session(1)
+    before = session.bytes["scratch"]
+    monkeypatch.setattr(runner.backend.engine(runner.manifest.calls[0].graph), "scratch", 1 << 14)
+    session.start([1], seed=0)
+    session.run()
+    assert session.bytes["scratch"] == before + (1 << 14)
+
+
 def test_the_weights_are_on_the_device_once_for_all_engines_and_sessions(runner):
     for batch in (1, 2, 3):
         runner.sample([1] * batch, seed=0)
@@ -651,7 +660,7 @@ def refused(folder: Path, **options) -> str:
 def test_a_bundle_without_engines_says_how_to_build_them(tmp_path):
     folder = handmade.write_bundle(tmp_path / "bundle")
     assert refused(folder) == (
-        f"{folder} has no engines for ort opset20 on this device; build them: "
+        f"{folder} has no engines for ort-cuda opset20 on this device; build them: "
         f"l2c-export engines {folder} --backend ort-cuda"
     )
 
@@ -660,7 +669,7 @@ def test_engines_of_another_version_or_bundle_are_refused(tmp_path):
     folder = handmade.write_bundle(tmp_path / "bundle")
     write_networks(read_bundle(folder), version="opset99")
     said = refused(folder)
-    assert "ort-opset99-portable was built with ort opset99, this machine has opset20" in said
+    assert "ort-opset99-portable was built with ort-cuda opset99, this machine has opset20" in said
     write_networks(read_bundle(folder))
     manifest = read_bundle(folder).manifest
     call = manifest.calls[0]

@@ -200,6 +200,7 @@ class Calls:
             if engine.scratch > self._scratch.size:  # of a graph that the program does not use
                 self._scratch = Arena(self._device, "more scratch memory", {"scratch": engine.scratch})
                 self._closing.callback(self._scratch.close)
+                self.bytes["scratch"] += self._scratch.size  # contexts made before keep the other
             context = engine.context(self._scratch["scratch"], self._scratch.size, self.stream)
             record = self._shared.engines.engine(graph)
             self._bound[graph] = Bound(record, context, self._shared.weights, self._sizes)
