@@ -377,6 +377,13 @@ def test_the_user_chooses_among_engines_that_fit(bundle):
 
 
 @pytest.mark.parametrize("command", ["run", "verify", "bench"])
+def test_engines_are_for_backends_that_run_them(bundle, command):
+    result = CliRunner().invoke(cli, [command, str(bundle.path), "--engines", FOLDER])
+    assert result.exit_code == 2
+    assert "--engines needs a --backend that runs engines: one of ort-cuda, rtx, trt" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "bench"])
 def test_commands_take_the_engines_that_they_are_told(bundle, command, tmp_path):
     build(bundle)
     build(bundle, constant=True)
@@ -428,7 +435,7 @@ def test_a_session_that_needs_more_than_the_limit_is_refused_with_the_numbers(bu
             "bfloat16",
             (1, 4),
             False,
-            "a smaller --batch, or build the bundle with --precision int8-weights",
+            "build the bundle with a smaller --batch or --precision int8-weights",
         ),
         ("int8-weights", (4, 4), False, "build the bundle with a smaller --batch"),
         ("int8-weights", (1, 1), True, "build the engines without --weights constants"),
@@ -562,6 +569,9 @@ def test_the_command_shows_the_price_builds_and_reports(bundle):
     (report,) = json.loads(run(bundle.path, "--report", "--json"))
     assert report["folder"] == FOLDER
     assert run(bundle.path, "--report") in shown
+    assert f"{len(everything(bundle))} engines for ort-cuda opset20, targets" in shown
+    assert "of the weights), scratch unknown until it runs" in shown
+    assert "(no list of kernels: networks, not compiled)" in shown
 
 
 def test_a_dry_run_counts_the_engines_of_all_families_and_says_the_limit(
@@ -600,7 +610,22 @@ BUILD_REFUSED = [
         4,
         "does not take: build it with --precision float16",
     ),
+    (
+        ["--precision", "int8", "--backend", "ort-cuda"],
+        4,
+        "which ort-cuda does not take: build it with --precision float16",
+    ),
+    (
+        ["--backend", "rtx", "--per", "sublayer", "--weights", "constants"],
+        1,
+        "holds no weights: give no --weights",
+    ),
     (["--backend", "rtx", "--max-vram", "1K"], 4, "KiB weights + "),
+    (
+        ["--backend", "rtx", "--per", "sublayer", "--max-vram", "1K"],
+        4,
+        ": build the engines with --per graph, or build the bundle with",
+    ),
     (["--backend", "rtx", "--target", "sm86,sm99"], 4, "does not build for sm99"),
     (["--target", "sm86"], 2, "--target is for engines, and --backend ort builds none"),
     (["--profile", "l4", "--backend", "ort", "--max-vram", "1G"], 2, "--max-vram is for engines, and"),
@@ -629,7 +654,7 @@ def test_a_dry_build_shows_its_engines(tiny_files):
     result = CliRunner().invoke(cli, call)
     assert result.exit_code == 0, result.stderr
     assert "for rtx, targets sm75; sm86: " in result.stdout
-    assert "the limit is 1.00 GiB" in result.stdout
+    assert "for weights and caches, the limit is 1.00 GiB; beside them latents, " in result.stdout
     dry = json.loads(CliRunner().invoke(cli, [*call, "--json"]).stdout)["engines"]
     plan = tiny.plan(tiny_files, precision="float16")
     graphs = {*(graph.name for graph in plan.graphs), StepGraph((), ()).name}

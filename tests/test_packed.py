@@ -309,6 +309,10 @@ def test_the_command_shows_the_price_packs_and_reports(bundle):
     )
     (held,) = diagnose(bundle).packed
     assert (held.able, expected.folder in held.detail) == (True, True)
+    with (home(bundle) / PACKED).open("r+b") as file:
+        file.write(b"another!")
+    (damaged,) = diagnose(bundle).packed
+    assert (damaged.able, "does not match its digest" in damaged.detail) == (False, True)
 
 
 def test_options_of_engines_are_refused(bundle):

@@ -135,6 +135,10 @@ def test_a_damaged_scale_fails_and_is_named(int8_bundle, tmp_path):
 def test_no_engine_is_made_of_a_graph_for_cpus(int8_bundle):
     with pytest.raises(UnsupportedError, match=r"which rtx does not take: build it with --precision"):
         EngineBuild(int8_bundle, EngineRequest("rtx"))
+    for backend in ("rtx", "ort-cuda"):
+        result = CliRunner().invoke(cli, ["engines", str(int8_bundle.path), "--backend", backend])
+        assert result.exit_code == 4
+        assert f"on a CPU, which {backend} does not take: build it with" in result.stderr
 
 
 def test_bench_against_compares_two_precisions(int8_bundle, tiny_bundle, tmp_path):

@@ -295,8 +295,9 @@ def test_a_schedule_that_does_not_fit_is_refused(dit):
 
 def test_engines_of_step_graphs_take_no_other_schedule(dit):
     reuse = late(dit.manifest.slots.names)
-    with pytest.raises(UnsupportedError, match="are for the schedule of the bundle alone; build some"):
+    with pytest.raises(UnsupportedError, match="schedule of the bundle alone; build some") as refused:
         load(dit, "graph").with_schedule(reuse)
+    assert str(refused.value).endswith(f"{dit.path} --backend ort-cuda --per sublayer")
     with pytest.raises(UnsupportedError, match=r"onnxruntime .* runs the bundle's own schedule alone"):
         Runner.load(dit.path, threads=1).with_schedule(reuse)
 
@@ -368,6 +369,7 @@ def test_a_schedule_file_that_is_none_is_one_line(dit, tmp_path, schedule):
     assert "cannot read the schedule" in invoke(*run, tmp_path / "none.npy", code=1)
     output = invoke("run", dit.path, "--schedule", schedule, code=4)
     assert "runs the bundle's own schedule alone" in output
+    assert "--per sublayer, and run with --backend rtx, trt or ort-cuda" in output
 
 
 def test_engines_shows_both_prices_and_builds_what_is_asked_for(dit, tmp_path):

@@ -19,7 +19,12 @@ from l2c_export.build.build_options import (
     weights_from_options,
 )
 from l2c_export.build.schedule_options import ScheduleOptions, plan_from_options
-from l2c_export.cli.engine_options import ENGINE_BACKENDS, ENGINE_KEYS, engine_options
+from l2c_export.cli.engine_options import (
+    ENGINE_BACKENDS,
+    ENGINE_KEYS,
+    check_typed,
+    engine_options,
+)
 from l2c_export.cli.engines import plan_engines, run_build
 from l2c_export.cli.options import FILE, calibration_option, schedule_options
 from l2c_export.cli.profile_option import profile_option
@@ -78,6 +83,7 @@ def command(
     if backend == "ort":
         _refuse_engine_options()
     plan = plan_from_options(options)
+    check_typed("a bundle with --precision int8", plan.precision.name, backend)
     foreseen = _forecast(engines(backend), plan, options) if backend in ENGINE_BACKENDS else None
     if dry_run:
         calibration_from_options(options)  # refuses what the build would

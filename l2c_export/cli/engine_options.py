@@ -75,6 +75,19 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return packed
 
 
+def check_typed(name: str, precision: str, backend: str) -> None:
+    """Refuse a backend, as typed, that does not take the precision of a bundle.
+
+    A request says ``ort`` of ``ort-cuda`` too: the same networks, which a CPU could run.
+
+    Raises:
+        UnsupportedError: It does not.
+    """
+    from l2c_export.engines.request import check_precision
+
+    check_precision(name, precision, backend)
+
+
 def _request(given: dict[str, Any], backend: str) -> EngineRequest:
     from l2c_export.engines.request import EngineRequest, parse_targets
 

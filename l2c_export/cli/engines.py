@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from l2c_export.cli.engine_options import ENGINE_BACKENDS, ENGINE_KEYS, engine_options
+from l2c_export.cli.engine_options import ENGINE_BACKENDS, ENGINE_KEYS, check_typed, engine_options
 from l2c_export.cli.options import FILE
 from l2c_export.cli.profile_option import PROFILE, profile_option
 from l2c_export.cli.progress import show_progress
@@ -77,6 +77,7 @@ def command(
     if backend == "ort":
         _pack(opened, engines(backend), dry_run, as_json)
         return
+    check_typed(str(bundle), opened.manifest.precision, backend)
     build = plan_engines(opened, engines(backend), shown=not as_json or dry_run, as_json=as_json)
     if dry_run:
         return

@@ -18,6 +18,7 @@ from l2c_export.core.models import PRESETS
 from l2c_export.core.precision import PRECISIONS
 from l2c_export.core.samplers import SAMPLERS
 from l2c_export.errors import L2CError
+from l2c_export.runtime.backends import BACKENDS
 
 FILE = click.Path(path_type=Path)
 """A path; whether the file is there and readable is said by whoever reads it."""
@@ -166,11 +167,21 @@ def _check_usage(options: ScheduleOptions) -> None:
         raise click.BadParameter(f"{options.model!r} is not one of: {known}", param_hint="--model")
 
 
-engines_option = click.option(
-    "--engines",
-    metavar="NAME",
-    help="Which folder of the bundle's engines. Default: the best that fits.",
-)
+def engines_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--engines`` to a command that has ``--backend``, for those that run engines."""
+
+    @functools.wraps(command)
+    def checked(**values: Any) -> Any:
+        if values["engines"] is not None and values["backend"] == "ort":
+            has = ", ".join(name for name in BACKENDS if name != "ort")
+            raise click.UsageError(f"--engines needs a --backend that runs engines: one of {has}")
+        return command(**values)
+
+    return click.option(
+        "--engines",
+        metavar="NAME",
+        help="Which folder of the bundle's engines. Default: the best that fits.",
+    )(checked)
 
 
 def write_report(path: Path | None, default: Path, data: Any) -> None:

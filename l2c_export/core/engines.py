@@ -1,4 +1,4 @@
-"""Engines of a bundle: the record beside them, the archive that holds them, and which fit a device.
+"""Engines of a bundle: the record beside them, what a call runs of them, and which fit a device.
 
 ``bundle/engines/<backend>-<version>-<targets>/`` holds ``engines.json`` and one compressed archive of
 all plans, which have almost all kernels in common. The record says everything that a runner must know
@@ -39,7 +39,7 @@ RECORD = "engines.json"
 FORMAT, VERSION = "l2c-engines", 2
 
 UPDATE = "update"
-"""Name of the engine that computes the sampler's update; every other engine is named as its graph."""
+"""Name of the engine that computes the sampler's update; others are named as what they compute."""
 
 PORTABLE = "portable"
 """The target of TensorRT-RTX engines that are made for no compute capability in particular."""
@@ -91,17 +91,19 @@ def _terms(call: ProgramCall) -> Mapping[str, Mapping[str, float]]:
 
 @dataclass(frozen=True)
 class Engine:
-    """One compiled graph.
+    """One compiled graph, or part of one.
 
     Attributes:
-        graph: Name of a graph in the manifest, or :data:`UPDATE`.
+        graph: Name of a graph in the manifest or of a part of the uncached one, such as
+            ``compute-00.attn``, or :data:`UPDATE`.
         key: Content key: network, options, backend, version and targets.
         source: Digest of what the network was made from; see :func:`source_of`.
         bytes: Of the plan, which begins where the plan before it ends.
         sha256: Of the plan.
         inputs: What a call binds, in order, as in the manifest.
         weights: Parameters of ``weights.safetensors`` that are inputs too, as the engine takes them: a
-            bias has a leading 1.
+            bias has a leading 1. An engine for many sub-layers names them ``weight.0`` …, and
+            :attr:`EngineSet.stages` say which they are.
         outputs: In order.
         constants: Parameters that the engine holds.
         scratch: Bytes of device memory while it runs; engines that run one after the other share it.
@@ -217,8 +219,13 @@ class EngineSet:
 
 
 def build_command(bundle: Bundle, backend: str) -> str:
-    """What builds engines for a backend; those of ONNX Runtime are for a GPU."""
-    return f"l2c-export engines {bundle.path} --backend {'ort-cuda' if backend == 'ort' else backend}"
+    """What builds engines for a backend."""
+    return f"l2c-export engines {bundle.path} --backend {command_name(backend)}"
+
+
+def command_name(backend: str) -> str:
+    """What commands call the backend of engines: networks of ``"ort"`` are for ``ort-cuda``."""
+    return "ort-cuda" if backend == "ort" else backend
 
 
 def folder_name(backend: str, version: str, targets: Iterable[str], options: Mapping[str, Any]) -> str:
@@ -340,9 +347,9 @@ def misfit(
         capability: The device's compute capability, such as (8, 9); None where it is not known.
     """
     if engines.backend != backend:
-        return f"built for the backend {engines.backend}, not {backend}"
+        return f"built for the backend {command_name(engines.backend)}, not {command_name(backend)}"
     if engines.version != version:
-        return f"built with {backend} {engines.version}, this machine has {version}"
+        return f"built with {command_name(backend)} {engines.version}, this machine has {version}"
     if capability is None:
         return None
     target = f"sm{capability[0]}{capability[1]}"

@@ -1,4 +1,4 @@
-"""Engines for a bundle: each step graph, the conditioning and the sampler's update, for a backend."""
+"""Engines for a bundle: its step graphs or kinds of sub-layers, the conditioning, the update."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from l2c_export.engines.network import (
     update_network,
 )
 from l2c_export.engines.price import Price, price, price_sublayers
-from l2c_export.engines.request import EngineRequest
+from l2c_export.engines.request import EngineRequest, check_precision
 from l2c_export.engines.sublayers import Sublayers, cut_sublayers
 from l2c_export.engines.tensorrt_api import builder_targets, builder_version
 from l2c_export.errors import L2CError, UnsupportedError
@@ -58,9 +58,7 @@ class EngineBuild:
             UnsupportedError: The backend cannot build this here, or the price is over the limit.
         """
         manifest = bundle.manifest
-        check_precision(str(bundle.path), manifest.precision, request)
-        if request.constant and request.per == "sublayer":
-            raise L2CError("an engine that serves many sub-layers holds no weights: give no --weights")
+        check_request(str(bundle.path), manifest.precision, request)
         self.bundle, self.request = bundle, request
         graphs = dict.fromkeys((CONDITIONING, *manifest.step_graphs(), manifest.uncached))
         bundle.check_files({WEIGHTS, *(manifest.graphs[graph].file for graph in graphs)})
@@ -140,17 +138,16 @@ class EngineBuild:
         return self.networks
 
 
-def check_precision(name: str, precision: str, request: EngineRequest) -> None:
-    """Refuse a bundle whose precision is for ONNX Runtime on a CPU alone.
+def check_request(name: str, precision: str, request: EngineRequest) -> None:
+    """Refuse what no engines of a bundle can be.
 
     Raises:
-        UnsupportedError: It is.
+        L2CError: Engines that serve many sub-layers are to hold weights.
+        UnsupportedError: The precision is for ONNX Runtime on a CPU alone.
     """
-    if precision == "int8" and request.backend != "ort":
-        raise UnsupportedError(
-            f"{name} is int8 in the form of ONNX Runtime on a CPU, which {request.backend} "
-            "does not take: build it with --precision float16"
-        )
+    check_precision(name, precision, request.backend)
+    if request.constant and request.per == "sublayer":
+        raise L2CError("an engine that serves many sub-layers holds no weights: give no --weights")
 
 
 def check_limit(
@@ -172,10 +169,13 @@ def check_limit(
     if limit is None or total <= limit:
         return
     ways = ["build the engines without --weights constants"] if request.constant else []
-    if batch[1] > 1:
-        ways.append("build the bundle with a smaller --batch")
+    if request.per == "sublayer":
+        ways.append("build the engines with --per graph")
+    bundles = ["a smaller --batch"] if batch[1] > 1 else []
     if smaller := _SMALLER.get(precision):
-        ways.append(f"build the bundle with --precision {smaller}")
+        bundles.append(f"--precision {smaller}")
+    if bundles:
+        ways.append(f"build the bundle with {' or '.join(bundles)}")
     each = " + ".join(f"{size(count)} {part}" for part, count in parts.items() if count)
     raise UnsupportedError(
         f"{name} needs {size(total)} of device memory or more ({each}), the limit is {size(limit)}: "
@@ -194,7 +194,7 @@ def target_families(request: EngineRequest, precision: Precision) -> tuple[tuple
     """
     if request.backend == "ort":
         if request.targets:
-            raise UnsupportedError("the networks of backend ort are for any device: give no --target")
+            raise UnsupportedError("the networks of ort-cuda are for any device: give no --target")
         return ((PORTABLE,),)
     if request.backend == "trt":
         return (_this_gpu(request.targets),)

@@ -13,9 +13,10 @@ from l2c_export.core.bundle import Bundle
 from l2c_export.core.cpu import cpu_target
 from l2c_export.core.engine_archive import check_archive
 from l2c_export.core.engines import EngineSet, find_engines, misfit, unread_engines
-from l2c_export.core.packed import PackedWeights, find_packed, packed_misfit
+from l2c_export.core.packed import PACKED, PackedWeights, find_packed, packed_misfit
 from l2c_export.core.plan_report import size
 from l2c_export.engines.gpus import Gpu, find_gpus
+from l2c_export.engines.report import scratch_text
 from l2c_export.engines.tensorrt_api import builder_targets, builder_version
 from l2c_export.errors import L2CError, UnsupportedError
 
@@ -190,12 +191,17 @@ def _judged(
         return Finding(what, False, "there is no GPU here")
     reasons = [misfit(made, made.backend, version, gpu.capability) for gpu in gpus]
     if made.backend == "ort" or None in reasons:
-        return Finding(what, True, f"{size(made.plan_bytes)} of plans, {size(made.scratch)} of scratch")
+        return Finding(what, True, f"{size(made.plan_bytes)} of plans, {scratch_text(made)}")
     return Finding(what, False, str(reasons[0]))
 
 
 def _judged_packed(bundle: Bundle, packed: PackedWeights) -> Finding:
-    """Whether packed weights are used here; without them the bundle runs as it is."""
+    """Whether packed weights are used here; without any the bundle runs as it is."""
     misfit = packed_misfit(packed, bundle, _version("onnxruntime") or "none", cpu_target())
+    if misfit is None:
+        try:
+            packed.check_file(bundle, PACKED)
+        except L2CError as error:
+            misfit = str(error)
     detail = misfit or f"{size(packed.packed_bytes)} for {len(packed.graphs)} graphs"
     return Finding("packed weights", misfit is None, f"{packed.folder}: {detail}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from l2c_export.core.engines import command_name
 from l2c_export.core.plan import Plan, StepGraph
 from l2c_export.core.plan_report import size
-from l2c_export.engines.build import check_limit, check_precision, target_families
+from l2c_export.engines.build import check_limit, check_request, target_families
 from l2c_export.engines.request import EngineRequest
 
 
@@ -40,10 +41,11 @@ def forecast(request: EngineRequest, plan: Plan, batch: tuple[int, int]) -> Fore
         batch: Smallest and largest number of latents in a call.
 
     Raises:
+        L2CError: Engines that serve many sub-layers are to hold weights.
         UnsupportedError: The bundle would be built in vain: the backend does not take its precision or
             does not build for a target here, or weights and caches alone are over the limit.
     """
-    check_precision("a bundle with --precision int8", plan.precision.name, request)
+    check_request("a bundle with --precision int8", plan.precision.name, request)
     families = target_families(request, plan.precision)
     graphs = {*plan.graphs, StepGraph((), ())}  # every bundle has the uncached one
     costs = plan.costs
@@ -67,7 +69,7 @@ def forecast_text(made: Forecast) -> str:
     limit = "" if made.max_vram is None else f", the limit is {size(made.max_vram)}"
     count = "one for each kind of sub-layer" if made.engines is None else made.engines
     return (
-        f"engines       {count} for {made.backend}, targets {targets}: "
-        f"{size(made.weights + made.caches)} of device memory for weights and caches, and latents, "
-        f"conditioning, scratch and code{limit}"
+        f"engines       {count} for {command_name(made.backend)}, targets {targets}: "
+        f"{size(made.weights + made.caches)} of device memory for weights and caches{limit}; "
+        "beside them latents, conditioning, scratch and code"
     )

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from l2c_export.core.bundle import CONDITIONING, WEIGHTS, Bundle
-from l2c_export.core.engines import PER, EngineSet
+from l2c_export.core.engines import PER, EngineSet, command_name
 from l2c_export.core.plan_report import size
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def plan_text(build: EngineBuild) -> str:
     if not build.stages and not request.constant:
         held += f"; {size(price.separate)} if each engine had its own ({share:.1f} x)"
     lines = [
-        f"{build.bundle.path}: {count} engines for {request.backend} {build.version}, "
+        f"{build.bundle.path}: {count} engines for {command_name(request.backend)} {build.version}, "
         f"targets {targets}",
         f"  weights     {held}",
         f"  caches      {size(price.caches)}",
@@ -85,10 +85,11 @@ def engines_text(bundle: Bundle, made: EngineSet) -> str:
     stored, weights = made.archive[1].bytes, bundle.manifest.files[WEIGHTS].bytes
     lines = [
         f"{made.folder}: {len(made.engines)} engines, {size(made.plan_bytes)} of plans stored in "
-        f"{size(stored)} ({stored / weights:.2%} of the weights), {size(made.scratch)} of scratch",
+        f"{size(stored)} ({stored / weights:.2%} of the weights), {scratch_text(made)}",
     ]
     if not any(engine.fusion for engine in made.engines):
-        return "\n".join([*lines, "  (no list of kernels in the builder's log)"])
+        why = "networks, not compiled" if made.backend == "ort" else "not in the builder's log"
+        return "\n".join([*lines, f"  (no list of kernels: {why})"])
     lines += _calls_text(bundle, made)
     lines.append(
         f"  {'engine':16}  {'plan':>9}  {'scratch':>9}  {'kernels':>7}  {'a block':>7}  "
@@ -105,6 +106,13 @@ def engines_text(bundle: Bundle, made: EngineSet) -> str:
             f"{block:>7}  {attention:>9}  {fused['loose_biases']:>11} {fused['loose_activations']:>4}"
         )
     return "\n".join(lines)
+
+
+def scratch_text(made: EngineSet) -> str:
+    """The scratch of a set of engines, in words."""
+    if all(engine.scratch is None for engine in made.engines):
+        return "scratch unknown until it runs"
+    return f"{size(made.scratch)} of scratch"
 
 
 def _calls_text(bundle: Bundle, made: EngineSet) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l2c_export.core.engines import CONSTANTS
-from l2c_export.errors import L2CError
+from l2c_export.errors import L2CError, UnsupportedError
 
 BACKENDS = ("rtx", "trt", "ort")
 """TensorRT-RTX ahead of time, TensorRT on the GPU it is for, or bare networks for ONNX Runtime."""
@@ -46,6 +46,24 @@ class EngineRequest:
             "workspace": self.workspace,
             "tf32": self.tf32,
         }
+
+
+def check_precision(name: str, precision: str, backend: str) -> None:
+    """Refuse a bundle whose precision is for ONNX Runtime on a CPU alone.
+
+    Args:
+        name: The bundle.
+        precision: Its precision.
+        backend: One of :data:`BACKENDS`, or ``ort-cuda``, which runs the networks of ``ort`` on a GPU.
+
+    Raises:
+        UnsupportedError: It is.
+    """
+    if precision == "int8" and backend != "ort":
+        raise UnsupportedError(
+            f"{name} is int8 in the form of ONNX Runtime on a CPU, which {backend} "
+            "does not take: build it with --precision float16"
+        )
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

@@ -109,7 +109,8 @@ class Runner:
         if not isinstance(self.backend, Reschedulable):
             raise UnsupportedError(
                 f"{self.backend.version} runs the bundle's own schedule alone; engines that serve any "
-                f"are built with: l2c-export engines {self.bundle.path} --per sublayer"
+                f"are built with: l2c-export engines {self.bundle.path} --per sublayer, and run with "
+                "--backend rtx, trt or ort-cuda"
             )
         return Runner(self.bundle, self.backend.with_schedule(reuse))
 

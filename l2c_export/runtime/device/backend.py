@@ -16,6 +16,7 @@ from l2c_export.core.engines import (
     PORTABLE,
     EngineSet,
     build_command,
+    command_name,
     find_engines,
     misfit,
     unread_engines,
@@ -56,9 +57,10 @@ class DeviceBackend:
         graphs: str = "trajectory",
         compiled: Callable[[], None] = lambda: None,
     ) -> None:
-        self.version = f"{name} on {device.name}"
         self.device = device
         self.folder, self.engines = found
+        self.version = f"{name}, engines {self.folder.name}, on {device.name}"
+        self._bundle = bundle
         self.manifest = scheduled(bundle.manifest) if self.engines.stages else bundle.manifest
         self.graphs = graphs
         self.compiled = compiled
@@ -97,7 +99,7 @@ class DeviceBackend:
         if not self.engines.stages:
             raise UnsupportedError(
                 f"engines {self.folder.name} are for the schedule of the bundle alone; build some that "
-                f"serve any: l2c-export engines {self.folder.parents[1]} --per sublayer"
+                f"serve any: {build_command(self._bundle, self.engines.backend)} --per sublayer"
             )
         other = copy.copy(self)
         other.manifest = scheduled(self.manifest, reuse)
@@ -169,7 +171,7 @@ def choose_engines(
     kind = f" --per {per}" if per else ""
     target = f" --target sm{capability[0]}{capability[1]}" if capability else ""
     raise UnsupportedError(
-        f"{bundle.path} has no engines for {backend} {version} on this device"
+        f"{bundle.path} has no engines for {command_name(backend)} {version} on this device"
         + (f" ({'; '.join(reasons)})" if reasons else "")
         + f"; build them: {build_command(bundle, backend)}{target}{kind}"
     )
