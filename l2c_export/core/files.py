@@ -11,6 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from l2c_export.errors import L2CError
+
 _TEMPORARY = ".l2c-partial-"
 
 
@@ -89,3 +94,23 @@ def key_of(*parts: Any) -> str:
     """Hexadecimal SHA-256 of JSON-serialisable parts: the content key of a cached result."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_array(path: Path, what: str, of: str) -> NDArray[Any]:
+    """The array of a ``.npy`` file, in which nothing is executed.
+
+    Args:
+        path: The file.
+        what: What it is to be, for the message, such as ``"noise"``.
+        of: What it is to hold, for the message, such as ``"numbers"``.
+
+    Raises:
+        L2CError: It cannot be read or is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except OSError as error:
+        raise L2CError(f"cannot read {what} {path}: {error.strerror}") from None
+    except (ValueError, EOFError, MemoryError) as error:
+        raise L2CError(f"{what} {path} is not a .npy file of {of}: {error}") from None

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l2c_export.core.bundle import Manifest
-from l2c_export.core.files import replacing
+from l2c_export.core.files import read_array, replacing
 from l2c_export.errors import L2CError, UnsupportedError
 from l2c_export.evidence.images import IMAGE_CHANNELS, check_pillow, write_grid
 from l2c_export.evidence.schedule_file import load_runner
@@ -79,7 +79,7 @@ def sample_to_files(
         L2CError: An option does not fit the bundle, or a file cannot be read or written.
     """
     _check_output(output)
-    given = _read_noise(options.noise) if options.noise else None
+    given = read_array(options.noise, "noise", "numbers") if options.noise else None
     began = time.perf_counter()
     runner = load_runner(bundle, options.backend, options.threads, options.engines, options.schedule)
     loaded = time.perf_counter() - began
@@ -138,16 +138,6 @@ def default_labels(manifest: Manifest, count: int | None = None) -> tuple[int, .
 
 def _trajectories(manifest: Manifest, images: int) -> int:
     return math.ceil(images / manifest.batch[1])
-
-
-def _read_noise(path: Path) -> NDArray[Any]:
-    try:
-        with path.open("rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except OSError as error:
-        raise L2CError(f"cannot read noise {path}: {error.strerror}") from None
-    except (ValueError, EOFError, MemoryError) as error:
-        raise L2CError(f"noise {path} is not a .npy file of numbers: {error}") from None
 
 
 def _check_output(path: Path) -> None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from l2c_export.errors import L2CError
+from l2c_export.core.files import read_array
 from l2c_export.runtime import Runner
 
 
@@ -35,16 +31,6 @@ def load_runner(
     """
     if schedule is None:
         return Runner.load(bundle, backend, threads, engines=engines)
-    reuse = _read(schedule)
+    reuse = read_array(schedule, "the schedule", "bools")
     per = None if backend == "ort" else "sublayer"
     return Runner.load(bundle, backend, threads, engines=engines, per=per).with_schedule(reuse)
-
-
-def _read(path: Path) -> NDArray[Any]:
-    try:
-        with path.open("rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except OSError as error:
-        raise L2CError(f"cannot read the schedule {path}: {error.strerror}") from None
-    except (ValueError, EOFError, MemoryError) as error:
-        raise L2CError(f"the schedule {path} is not a .npy file of bools: {error}") from None

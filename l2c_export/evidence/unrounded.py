@@ -9,19 +9,13 @@ that is what they compute in.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from l2c_export.core.bundle import Bundle
 from l2c_export.errors import UnsupportedError
 from l2c_export.runtime import Runner
-from l2c_export.runtime.session import Graphs, Session
-
-if TYPE_CHECKING:
-    from l2c_export.runtime.ort import OrtGraph
+from l2c_export.runtime.ort import OrtBackend
 
 _ROUNDING = {"DynamicQuantizeLinear", "QuantizeLinear", "ConvInteger", "QLinearConv", "QLinearMatMul"}
-_FOLDER = "session.model_external_initializers_file_folder_path"
-_FOLDING = "ConstantFolding"  # would keep every weight in float32
 
 
 def unrounded(bundle: Bundle, threads: int | None = None) -> Runner:
@@ -34,38 +28,18 @@ def unrounded(bundle: Bundle, threads: int | None = None) -> Runner:
     return Runner(bundle, _Unrounded(bundle, threads))
 
 
-class _Unrounded:
+class _Unrounded(OrtBackend):
     """ONNX Runtime on the CPU, with graphs that were changed as they were read."""
 
-    streams = False
+    # folding constants would keep every weight in float32
+    disabled_optimizers = (*OrtBackend.disabled_optimizers, "ConstantFolding")
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
-        self.version = "onnxruntime, activations unrounded"
-        self.manifest = bundle.manifest
-        self._bundle = bundle
-        self._threads = threads
+        super().__init__(bundle, threads, packed=False)
+        self.version += ", activations unrounded"
 
-    def load(self, graph: str) -> OrtGraph:
-        import onnxruntime as ort  # type: ignore[import-untyped]
-
-        from l2c_export.runtime.ort import OrtGraph
-
-        path = self._bundle.file(graph)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = self._threads or 0
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.add_session_config_entry(_FOLDER, str(path.parent))
-        session = ort.InferenceSession(
-            _without_rounding(path),
-            options,
-            ["CPUExecutionProvider"],
-            disabled_optimizers=[_FOLDING],
-        )
-        return OrtGraph(session)
-
-    def session(self, graphs: Graphs, batch: int) -> Session:
-        return Session(graphs, batch)
+    def _source(self, path: Path, packed: bool) -> bytes:
+        return _without_rounding(path)
 
 
 def _without_rounding(path: Path) -> bytes:

@@ -53,6 +53,7 @@ class OrtBackend:
     """Sessions over the bundle's mapped weights."""
 
     streams = False
+    disabled_optimizers: tuple[str, ...] = (_WIDEN_WEIGHTS,)
 
     def __init__(self, bundle: Bundle, threads: int | None, packed: bool = True) -> None:
         """Look for weights that are packed for this CPU.
@@ -94,7 +95,9 @@ class OrtBackend:
             path = packed.check_file(self._bundle, packed.graphs[graph])
         began = time.perf_counter()
         try:
-            session = self._open(path, packed is not None)
+            session = self._open(self._source(path, packed is not None), packed is not None)
+        except L2CError:
+            raise
         except Exception as error:  # ONNX Runtime's own exceptions have no other common class
             raise L2CError(
                 f"onnxruntime {ort.__version__} cannot load {path}: {_one_line(error)}"
@@ -106,25 +109,34 @@ class OrtBackend:
         """A session in host memory."""
         return Session(graphs, batch)
 
-    def _open(self, path: Path, packed: bool) -> ort.InferenceSession:
+    def _source(self, path: Path, packed: bool) -> str | bytes:
         # Paths in a graph begin at its folder, or where it comes as bytes at the one that options say.
-        graph = path.read_bytes() if packed else path.as_posix()
+        return path.read_bytes() if packed else path.as_posix()
+
+    def _open(self, graph: str | bytes, packed: bool) -> ort.InferenceSession:
         try:
-            return _session(graph, self._options(packed, own_pool=True))
+            return self._session(graph, self._options(packed, own_pool=True))
         except RuntimeError as error:
             if "use_per_session_threads" not in str(error):
                 raise
             # the host application has made a global thread pool, and all sessions must use it
-            return _session(graph, self._options(packed, own_pool=False))
+            return self._session(graph, self._options(packed, own_pool=False))
+
+    def _session(self, graph: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+        # The fallback would print to stdout and try the same once more.
+        return ort.InferenceSession(
+            graph,
+            options,
+            ["CPUExecutionProvider"],
+            disabled_optimizers=[*self.disabled_optimizers],
+            enable_fallback=0,
+        )
 
     def _options(self, packed: bool, own_pool: bool) -> ort.SessionOptions:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        if packed:
-            # Weights are packed once more, found in the mapped file by what came out, and dropped.
-            folder = self._bundle.path.resolve().as_posix()
-            options.add_session_config_entry(_WEIGHTS_FOLDER, folder)
-        else:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, self._bundle.path.resolve().as_posix())
+        if not packed:  # else they are packed once more, found in the mapped file, and dropped
             # Packed weights would be a private copy in each session; unpacked, all sessions use the
             # pages of the mapped file, and load in a hundredth of the time.
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -144,17 +156,6 @@ class OrtBackend:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _session(graph: str | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
-    # The fallback would print to stdout and try the same once more.
-    return ort.InferenceSession(
-        graph,
-        options,
-        ["CPUExecutionProvider"],
-        disabled_optimizers=[_WIDEN_WEIGHTS],
-        enable_fallback=0,
-    )
 
 
 @functools.cache
